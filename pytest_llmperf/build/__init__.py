@@ -1,0 +1,1 @@
+"""Where a llama.cpp build comes from and what it is called."""

@@ -1,0 +1,93 @@
+"""A llama.cpp build: what it is called and how its server is started."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_llmperf.plan.options import OptionValue
+
+_VERSION = (
+    re.compile(r"version:\s*(\d+)\s*\(([^)\s]+)\)"),
+    re.compile(r"version:\s*\S+\s*\(build\s+(\d+),\s*commit\s+([^)\s]+)\)"),
+)
+_BUILD_INFO = re.compile(r"^b?(\d+)-(\S+)$")
+# `git rev-list --count` of a shallow clone: such a number says nothing about the build.
+_SHALLOW = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One llama.cpp binary set, found and identified.
+
+    Attributes:
+        label: What it is called: ``b8156``, or what the user calls it.
+        number: Build number; 0 when the build does not know it.
+        commit: Commit hash as the build tells it, or ``unknown``.
+        source: The spec it came from.
+        sha256: Hash of the programs and libraries, or ``""`` for an endpoint.
+        command: Arguments that start its server, options excluded; empty for an endpoint.
+        url: Address of a running server, or None.
+        options: Server options it adds to every config.
+        env: Environment variables its servers get.
+        note: What a person must know about it, such as an unknown number.
+    """
+
+    label: str
+    number: int
+    commit: str
+    source: str
+    sha256: str
+    command: tuple[str, ...] = ()
+    url: str | None = None
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two builds must differ in to be worth comparing."""
+        options = tuple(sorted((k, str(v)) for k, v in self.options.items()))
+        return (self.sha256, self.url, self.command, options, tuple(sorted(self.env.items())))
+
+    def describe(self) -> str:
+        """Return one line for people: label, number, commit, source, hash."""
+        known = f"build {self.number}" if self.number else "build number unknown"
+        commit = "" if self.commit == "unknown" else f", commit {self.commit}"
+        digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
+        return f"{self.label} ({known}{commit}, {self.source}{digest})"
+
+
+def parse_version(text: str) -> tuple[int, str]:
+    """Return (number, commit) from what ``--version`` prints, in either shape.
+
+    Returns:
+        ``(0, "unknown")`` for what is not told; a shallow clone's number 1 counts as not told.
+    """
+    for shape in _VERSION:
+        if match := shape.search(text):
+            number = int(match.group(1))
+            return (0 if number <= _SHALLOW else number), match.group(2)
+    return 0, "unknown"
+
+
+def parse_build_info(text: str) -> tuple[int, str]:
+    """Return (number, commit) from ``build_info`` of ``/props``, such as ``b11434-0a1b2c3``."""
+    match = _BUILD_INFO.match(text.strip())
+    if match is None:
+        return 0, "unknown"
+    number = int(match.group(1))
+    return (0 if number <= _SHALLOW else number), match.group(2)
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names and contents of ``files``, in the order of the names."""
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda p: p.name):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

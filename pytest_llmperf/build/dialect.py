@@ -1,0 +1,151 @@
+"""The option names that one build understands, read from its own ``--help``.
+
+A config is written once, in the newest names. Here they become the arguments of the build at
+hand, or an error that names the option and the build.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.errors import BuildError
+from pytest_llmperf.plan.options import OptionNames, OptionValue, from_flag, nearest, parse_help
+
+# Options that changed their name, newest first. The same meaning, so either stands for the other.
+_RENAMED: tuple[tuple[str, ...], ...] = (
+    ("spec-draft-n-max", "draft-max", "draft"),
+    ("spec-draft-n-min", "draft-min"),
+    ("spec-draft-model", "model-draft"),
+    ("spec-draft-ngl", "gpu-layers-draft"),
+    ("spec-draft-p-min", "draft-p-min"),
+    ("spec-ngram-simple-size-n", "spec-ngram-size-n"),
+    ("spec-ngram-simple-size-m", "spec-ngram-size-m"),
+    ("spec-ngram-simple-min-hits", "spec-ngram-min-hits"),
+)
+# One option that became several, or several that became one: (option, value) on each side.
+_REPLACED: tuple[tuple[tuple[str, OptionValue], tuple[str, OptionValue]], ...] = (
+    (("load-mode", "none"), ("mmap", False)),
+    (("load-mode", "mmap"), ("mmap", True)),
+    (("load-mode", "mlock"), ("mlock", True)),
+    (("load-mode", "dio"), ("direct-io", True)),
+    (("spec-type", "draft-simple"), ("spec-type", "draft")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The options of one build.
+
+    Attributes:
+        build: Label of the build, for error texts.
+        options: As its help lists them; those listed as removed are left out.
+    """
+
+    build: str
+    options: tuple[OptionNames, ...]
+
+    def _find(self, name: str) -> OptionNames | None:
+        flags = {f"--{name}"}
+        if known := from_flag(f"--{name}"):
+            flags.add(f"--{known[0]}")
+        for group in _RENAMED:
+            if name in group:
+                flags.update(f"--{other}" for other in group)
+        return next((o for o in self.options if flags & set(o.names)), None)
+
+    def arguments(self, options: Mapping[str, OptionValue]) -> list[str]:
+        """Return command-line arguments for ``options``.
+
+        Args:
+            options: Long names without dashes, in the newest dialect or any older one.
+
+        Raises:
+            BuildError: If the build has no such option; the text names both.
+        """
+        found: list[str] = []
+        for name, value in options.items():
+            found += self._argument(name, value)
+        return found
+
+    def _argument(self, name: str, value: OptionValue) -> list[str]:
+        option = self._find(name)
+        if option is None:
+            for new, old in _REPLACED:
+                for have, want in ((new, old), (old, new)):
+                    if (name, value) == have and (other := self._find(want[0])):
+                        return self._spell(other, want[0], want[1])
+            known = [o.long for o in self.options]
+            raise BuildError(f"build {self.build} has no option --{name}{nearest(name, known)}")
+        return self._spell(option, name, value)
+
+    def _spell(self, option: OptionNames, name: str, value: OptionValue) -> list[str]:
+        flag = f"--{name}" if f"--{name}" in option.names else f"--{option.long}"
+        if isinstance(value, bool):
+            if option.takes_value:
+                # A flag in one generation, on/off in another (--flash-attn).
+                return [flag, "on" if value else "off"]
+            if value:
+                return [flag]
+            if option.negatives:
+                return [option.negatives[0]]
+            # A flag that only switches on is off when left out.
+            return []
+        if not option.takes_value:
+            if value in {"on", "off"}:
+                return self._spell(option, name, value == "on")
+            raise BuildError(
+                f"build {self.build}: --{name} takes no value, the config gives {value!r}"
+            )
+        values = value if isinstance(value, tuple) else (value,)
+        return [part for item in values for part in (flag, _text(item))]
+
+    @property
+    def log_verbosity(self) -> int | None:
+        """The verbosity at which the log tells buffer sizes, or None where it does anyway.
+
+        Until about b9713 level 3 told them and 4 was debugging, which writes a line a token;
+        since then 4 is ``trace`` and tells them.
+        """
+        option = self._find("verbosity")
+        return 4 if option is not None and "4: trace" in option.about else None
+
+    def supports(self, name: str) -> bool:
+        """Return whether the build has the option under any of its names."""
+        return self._find(name) is not None
+
+
+def _text(value: str | float) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def dialect_of(build: Build) -> Dialect:
+    """Return the dialect of a build, by asking its program for help.
+
+    Raises:
+        BuildError: If the help cannot be read.
+    """
+    return Dialect(build.label, _ask_help(build.command, build.label))
+
+
+@lru_cache(maxsize=32)
+def _ask_help(command: Sequence[str], label: str) -> tuple[OptionNames, ...]:
+    try:
+        done = subprocess.run(  # noqa: S603 - the build's own program
+            [*command, "--help"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"build {label}: cannot run `--help`: {error}") from error
+    options = tuple(o for o in parse_help(done.stdout + done.stderr) if not o.removed)
+    if not any("--ctx-size" in option.names for option in options):
+        raise BuildError(f"build {label}: `--help` lists no options of llama-server")
+    return options

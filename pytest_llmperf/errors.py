@@ -1,0 +1,77 @@
+"""The error tree.
+
+::
+
+    LlmperfError
+    ├── UserError             a mistake in what was asked; exit 4, one line, no traceback
+    │   ├── PlanError         the suite file, an .env file or a marker
+    │   ├── BuildError        a build that cannot be found, installed or identified
+    │   ├── ModelError        a model file that is missing or not what it should be
+    │   └── BaselineError     a baseline that cannot be read or written
+    └── RunError              the world did not do what was asked of it; fails the test
+        ├── ServerError       a server that did not start, died, hung or answered an error
+        └── CheckError        an answer that must not be counted (cached, short, truncated)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class LlmperfError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UserError(LlmperfError):
+    """Something the user can mend: the message names the thing, the place and the mend."""
+
+
+class PlanError(UserError):
+    """A mistake in a suite file, an ``.env`` file or a marker.
+
+    Args:
+        message: What is wrong and how to mend it, in one line.
+        file: The file at fault, if there is one.
+        line: 1-based line in ``file``, if known.
+    """
+
+    def __init__(self, message: str, file: Path | None = None, line: int | None = None) -> None:
+        self.file = file
+        self.line = line
+        where = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
+        super().__init__(where + message)
+
+
+class BuildError(UserError):
+    """A build that cannot be found, installed or identified."""
+
+
+class ModelError(UserError):
+    """A model file that is missing, unreadable or not the one the suite names."""
+
+
+class BaselineError(UserError):
+    """A baseline file that cannot be read, understood or written."""
+
+
+class RunError(LlmperfError):
+    """The run itself failed; the test that needed it fails with this text."""
+
+
+class ServerError(RunError):
+    """A server that did not start, died, hung or answered an error.
+
+    Args:
+        message: What happened, naming the request if there was one.
+        log: The server's log file, kept after the run.
+        kind: ``crashed``, ``timeout``, ``http``, ``start`` or ``foreign``.
+    """
+
+    def __init__(self, message: str, *, log: Path | None = None, kind: str = "http") -> None:
+        self.log = log
+        self.kind = kind
+        super().__init__(message)
+
+
+class CheckError(RunError):
+    """An answer that is not a measurement: cached, too short, truncated or of another shape."""

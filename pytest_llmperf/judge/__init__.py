@@ -1,0 +1,1 @@
+"""Baselines, statistics, verdicts. Knows nothing of servers."""

@@ -1,0 +1,209 @@
+"""What every way of comparing needs: direction, margin, point values and wording."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pytest_llmperf.judge.statistics import Estimate, Prior
+from pytest_llmperf.judge.verdict import Mode, Outcome, Verdict
+from pytest_llmperf.metrics import Metric
+
+Launches = Sequence[Sequence[float]]
+
+# exp of this is finite, and no measured ratio comes near it.
+_LARGEST_LOG = 700.0
+
+
+def sign(metric: Metric) -> int:
+    """The factor that makes a log ratio new/base positive when the new value is worse."""
+    return 1 if metric.better == "lower" else -1
+
+
+def margin_of(tolerance: float) -> float:
+    """The log effect that a relative tolerance allows: ln(1 + tolerance).
+
+    Raises:
+        ValueError: A tolerance that is negative or not finite.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"a tolerance is a share like 0.05, not negative: got {tolerance}")
+    return math.log1p(tolerance)
+
+
+def bounded_exp(log_value: float) -> float:
+    """``exp``, but finite for every input."""
+    return math.exp(max(-_LARGEST_LOG, min(_LARGEST_LOG, log_value)))
+
+
+def relative(log_ratio: float) -> float:
+    """``exp(log_ratio) - 1``, but finite for every input."""
+    return math.expm1(max(-_LARGEST_LOG, min(_LARGEST_LOG, log_ratio)))
+
+
+def interval_of(worse: Estimate, direction: int, alpha: float) -> tuple[float, float]:
+    """Two-sided interval of the change, at level ``1 - 2 alpha``.
+
+    Args:
+        worse: Estimate of the log effect, positive where the new value is worse.
+        direction: ``sign`` of the metric.
+        alpha: Probability of a miss at each end.
+    """
+    low, high = sorted(relative(direction * end) for end in worse.bounds(alpha))
+    return low, high
+
+
+def prior_json(prior: Prior | None) -> dict[str, object] | None:
+    """The prior for a verdict's evidence."""
+    return None if prior is None else prior.to_json()
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The fields of a verdict that a comparison knows before its outcome."""
+
+    metric: Metric
+    mode: Mode
+    tolerance: float
+    base_launches: Launches
+    new_launches: Launches
+    base: float | None = None
+    new: float | None = None
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    slack: float | None = None
+
+    def verdict(self, outcome: Outcome, reason: str, evidence: Mapping[str, object]) -> Verdict:
+        """The verdict with this outcome."""
+        return Verdict(
+            outcome=outcome,
+            metric=self.metric.name,
+            mode=self.mode,
+            base=self.base,
+            new=self.new,
+            change=self.change,
+            interval=self.interval,
+            tolerance=self.tolerance,
+            slack=self.metric.slack if self.slack is None else self.slack,
+            launches_base=len(self.base_launches),
+            launches_new=len(self.new_launches),
+            samples_base=sum(map(len, self.base_launches)),
+            samples_new=sum(map(len, self.new_launches)),
+            reason=reason,
+            evidence=evidence,
+        )
+
+
+def without_logs(draft: Draft) -> Verdict | None:
+    """The verdict on samples that have no logarithm, None where all have one.
+
+    A value of 0 is real for some metrics (GPU memory of a run on the CPU): two point values no
+    further apart than the slack pass. Everything else is an error: a gate that cannot measure
+    never passes.
+    """
+    sides = (("the baseline", draft.base_launches), ("the build under test", draft.new_launches))
+    for who, launches in sides:
+        for number, launch in enumerate(launches, start=1):
+            if len(launch) == 0:
+                return _error(draft, f"launch {number} of {who} has no samples")
+            for sample in launch:
+                if not 0 <= sample < math.inf:
+                    return _error(draft, f"launch {number} of {who} has a sample of {sample}")
+    if all(sample > 0 for _, launches in sides for launch in launches for sample in launch):
+        return None
+    base, new = (median(map(median, launches)) for _, launches in sides)
+    draft = Draft(
+        draft.metric,
+        draft.mode,
+        draft.tolerance,
+        draft.base_launches,
+        draft.new_launches,
+        base=base,
+        new=new,
+        change=change_of(base, new),
+    )
+    if abs(new - base) > draft.metric.slack:
+        return _error(draft, "samples of 0 cannot be compared by ratio")
+    reason = f"{draft.metric.name} is {describe(draft.change)}, with samples of 0 on both sides"
+    if new != base:
+        reason = f"{draft.metric.name} differs by no more than the slack of {_slack(draft.metric)}"
+    return draft.verdict(Outcome.PASS, reason, _launches_json(draft))
+
+
+def _error(draft: Draft, what: str) -> Verdict:
+    reason = f"{draft.metric.name} cannot be judged: {what}; measure it again"
+    # The offending sample may be NaN, which no JSON holds: the reason names it instead.
+    return draft.verdict(Outcome.ERROR, reason, {})
+
+
+def _launches_json(draft: Draft) -> dict[str, object]:
+    return {
+        "base": [list(launch) for launch in draft.base_launches],
+        "new": [list(launch) for launch in draft.new_launches],
+    }
+
+
+def change_of(base: float, new: float) -> float | None:
+    """``new / base - 1``; None where the base is 0 and the new value is not."""
+    if new == base:
+        return 0.0
+    if base == 0:
+        return None
+    change = new / base - 1
+    return change if math.isfinite(change) else None
+
+
+def percent(share: float) -> str:
+    """A share for people: ``5 %``, ``0.5 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def describe(change: float | None) -> str:
+    """A change for people: ``8.1 % lower``."""
+    if change is None:
+        return "no longer 0"
+    if abs(change) < 0.0005:  # noqa: PLR2004 - would be printed as 0.0 %
+        return "unchanged"
+    return f"{100 * abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
+
+
+def finding(
+    name: str, change: float | None, interval: tuple[float, float] | None, level: float
+) -> str:
+    """What was measured, for the start of a reason."""
+    text = f"{name} is {describe(change)}"
+    if interval is not None:
+        low, high = interval
+        text += f" ({100 * level:.3g} % interval {100 * low:+.1f} % to {100 * high:+.1f} %)"
+    return text
+
+
+def within_slack_text(metric: Metric, base: float, new: float) -> str:
+    """The reason where the point values differ by no more than the slack."""
+    return (
+        f"{metric.name} differs by {abs(new - base):.4g} {metric.unit}, "
+        f"no more than the slack of {_slack(metric)}"
+    )
+
+
+def _slack(metric: Metric) -> str:
+    return f"{metric.slack:g} {metric.unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 launch``, ``2 launches``, ``3 blocks``."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
+BEYOND = (
+    "beyond the tolerance of {tolerance}: find the commit with `llmperf bisect`, or record the "
+    "new value with --update-baselines if it is meant"
+)
+STALE = (
+    "better by more than {tolerance}: the baseline is stale, record a new one with "
+    "--update-baselines"
+)

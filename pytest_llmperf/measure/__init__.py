@@ -1,0 +1,1 @@
+"""A live server in, launches out."""

@@ -1,0 +1,92 @@
+"""GPUs by NVML: which there are, and how much memory a process tree holds on them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as NVML tells it; ``total_mib`` in MiB."""
+
+    index: int
+    name: str
+    total_mib: int
+    driver: str
+
+
+@cache
+def _nvml() -> Any | None:  # noqa: ANN401 - a module without types
+    """Return the loaded ``pynvml``, or None where there is no driver to talk to."""
+    # Imported here: loading the driver's library is not free, and most machines have none.
+    import pynvml  # noqa: PLC0415
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """Return the GPUs NVML knows, in NVML's order; empty where there are none."""
+    nvml = _nvml()
+    if nvml is None:
+        return ()
+    driver = _text(nvml.nvmlSystemGetDriverVersion())
+    found = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        found.append(
+            Gpu(
+                index=index,
+                name=_text(nvml.nvmlDeviceGetName(handle)),
+                total_mib=nvml.nvmlDeviceGetMemoryInfo(handle).total // _MIB,
+                driver=driver,
+            )
+        )
+    return tuple(found)
+
+
+def vram_mib(pids: Collection[int]) -> dict[int, float]:
+    """Return MiB that the processes hold, by GPU index; only GPUs where they hold any.
+
+    NVML names host processes. In a container with a PID namespace of its own they match no pid
+    seen inside; then the result is empty, which is "not known", never "none".
+    """
+    nvml = _nvml()
+    held: dict[int, float] = {}
+    if nvml is None:
+        return held
+    for gpu in gpus():
+        handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+        try:
+            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except nvml.NVMLError:
+            continue
+        used = sum(p.usedGpuMemory or 0 for p in running if p.pid in pids)
+        if used:
+            held[gpu.index] = used / _MIB
+    return held
+
+
+def free_mib() -> dict[int, float]:
+    """Return the free memory of each GPU in MiB, by index."""
+    nvml = _nvml()
+    if nvml is None:
+        return {}
+    return {
+        gpu.index: nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(gpu.index)).free
+        / _MIB
+        for gpu in gpus()
+    }

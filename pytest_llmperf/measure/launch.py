@@ -1,0 +1,240 @@
+"""Measures one start of one server: its samples, its memory, its load time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import psutil
+
+from pytest_llmperf.errors import CheckError
+from pytest_llmperf.measure.gpu import vram_mib
+from pytest_llmperf.measure.logfacts import LogFacts, read_log
+from pytest_llmperf.measure.prompts import Script, write_script
+from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
+from pytest_llmperf.serve.client import Reply
+from pytest_llmperf.serve.launch import Server
+
+PROTOCOL = 1
+"""Raised when the way of measuring changes so that older results no longer compare."""
+
+Samples = dict[str, list[float]]
+"""Metric name to one value a sample."""
+
+_MIB = 1024 * 1024
+_PROBE = Workload("probe", (Turn(prompt=512, generate=16),))
+"""Sent once to every fresh server before anything is measured.
+
+It touches all weights and makes the backend allocate what it allocates late, so that memory is
+read in the same state whichever workloads follow.
+"""
+
+
+@dataclass(slots=True)
+class Launch:
+    """One start of one server with all that was measured on it.
+
+    Attributes:
+        build: Label of the build.
+        config: Name of the config.
+        command: As one would type it.
+        log: Path of the log, ``""`` for an endpoint.
+        started: Unix time.
+        samples: Workload name to samples; :data:`LAUNCH` for what the start itself shows.
+        facts: What the log tells about memory.
+        vram: MiB by GPU index, empty where not known.
+        requests: Requests answered, warm-ups included.
+        digests: Workload name to the digest of its token ids.
+    """
+
+    build: str
+    config: str
+    command: str
+    log: str
+    started: float
+    samples: dict[str, Samples] = field(default_factory=dict)
+    facts: LogFacts | None = None
+    vram: Mapping[int, float] = field(default_factory=dict)
+    requests: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class Session:
+    """Measures on one running server.
+
+    Args:
+        server: Ready server.
+        tokens: Ids of the shipped text under the model's tokenizer.
+    """
+
+    def __init__(self, server: Server, tokens: list[int]) -> None:
+        self.server = server
+        self._tokens = tokens
+        self._scripts: dict[str, Script] = {}
+        self.launch = Launch(
+            build=server.build.label,
+            config=server.config.name,
+            command=server.shown_command,
+            log=str(server.log or ""),
+            started=time.time(),
+        )
+
+    def settle(self) -> None:
+        """Send the probe request and read memory, load time and the log.
+
+        Raises:
+            ServerError: If the server fails on it.
+            CheckError: If the answer must not be counted.
+        """
+        room = self.context()
+        prompt = min(_PROBE.tokens - 16, max(room - 24, 1)) if room else 512
+        self._ask(write_script(Workload("probe", (Turn(prompt, 16),)), self._tokens), "probe")
+        launch = self.launch
+        samples: Samples = {}
+        if self.server.load_ms is not None:
+            samples["load_ms"] = [self.server.load_ms]
+        launch.facts = facts = read_log(self.server.log_text())
+        for name, value in (
+            ("model_mib", facts.model_mib),
+            ("kv_mib", facts.kv_mib),
+            ("compute_mib", facts.compute_mib),
+            ("offloaded_layers", facts.offloaded_layers),
+            ("n_ctx", room or None),
+        ):
+            if value is not None:
+                samples[name] = [float(value)]
+        if self.server.pid is not None:
+            tree = process_tree(self.server.pid)
+            samples["rss_mib"] = [rss_mib(tree)]
+            launch.vram = vram_mib([process.pid for process in tree])
+            if launch.vram:
+                samples["vram_mib"] = [sum(launch.vram.values())]
+        launch.samples[LAUNCH] = samples
+
+    def context(self) -> int:
+        """Return the context of one slot in tokens, 0 if the server does not say."""
+        settings = self.server.props.get("default_generation_settings")
+        value = settings.get("n_ctx", 0) if isinstance(settings, dict) else 0
+        return int(value) if isinstance(value, int | float) else 0
+
+    def script(self, workload: Workload) -> Script:
+        """Return the workload's requests.
+
+        Raises:
+            CheckError: If the conversation does not fit into the server's context.
+        """
+        if workload.name not in self._scripts:
+            room = self.context()
+            if room and workload.tokens > room:
+                raise CheckError(
+                    f"workload {workload.name} needs {workload.tokens} tokens of context, config "
+                    f"{self.server.config.name} has {room}: raise ctx-size or shorten the workload"
+                )
+            script = self._scripts[workload.name] = write_script(workload, self._tokens)
+            self.launch.digests[workload.name] = script.digest
+        return self._scripts[workload.name]
+
+    def warm_up(self, workload: Workload) -> None:
+        """Run the workload once without counting it.
+
+        Raises:
+            ServerError: If the server fails on it.
+            CheckError: If an answer must not be counted.
+        """
+        self._ask(self.script(workload), f"warm-up of {workload.name}")
+
+    def sample(self, workload: Workload) -> None:
+        """Run the workload once and add its sample to the launch.
+
+        Raises:
+            ServerError: If the server fails on it.
+            CheckError: If an answer must not be counted.
+        """
+        taken = self.launch.samples.setdefault(workload.name, {})
+        number = len(next(iter(taken.values()), [])) + 1
+        replies = self._ask(self.script(workload), f"sample {number} of {workload.name}")
+        for metric, value in timings(replies).items():
+            taken.setdefault(metric, []).append(value)
+
+    def _ask(self, script: Script, purpose: str) -> list[Reply]:
+        replies = []
+        for turn, request in enumerate(script.requests, start=1):
+            what = (
+                f"{self.server.config.name} on {self.server.build.label}: {purpose}, request "
+                f"{turn} of {len(script.requests)} (prompt {len(request.prompt)}, "
+                f"generate {request.generate} tokens)"
+            )
+            reply = self.server.client.complete(request.prompt, request.generate, what)
+            check(reply, len(request.prompt), request.generate, what)
+            replies.append(reply)
+            self.launch.requests += 1
+        return replies
+
+
+def check(reply: Reply, prompt: int, generate: int, what: str) -> None:
+    """Refuse an answer that is not the cold, full-length work that was asked for.
+
+    Args:
+        reply: The answer.
+        prompt: Prompt tokens sent.
+        generate: Tokens asked for.
+        what: Names the request.
+
+    Raises:
+        CheckError: If tokens came from a cache, are missing, or the context overflowed.
+    """
+    wrong = []
+    if reply.cache_n != 0:
+        wrong.append(f"{reply.cache_n} prompt tokens came from a cache")
+    if reply.prompt_n != prompt:
+        wrong.append(f"{reply.prompt_n} of {prompt} prompt tokens were evaluated")
+    if reply.predicted_n != generate:
+        wrong.append(f"{reply.predicted_n} of {generate} tokens were generated")
+    if reply.stop_type != "limit":
+        wrong.append(f"it stopped by {reply.stop_type}, not by the limit")
+    if reply.truncated:
+        wrong.append("the context overflowed")
+    if reply.prompt_ms <= 0 or reply.predicted_ms <= 0:
+        wrong.append("its timings are not positive")
+    if wrong:
+        raise CheckError(f"{what}: not a measurement: {'; '.join(wrong)}")
+
+
+def timings(replies: list[Reply]) -> dict[str, float]:
+    """Return one sample: the metrics of one pass over a workload.
+
+    ``decode_tps`` is (predicted_n - 1) / predicted_ms summed over the turns, since the first
+    token is the prompt's work; builds differ in whether ``predicted_per_second`` counts it, so
+    that field is never used. ``prefill_tps`` is prompt_n / prompt_ms summed likewise; ``ttft_ms``
+    and ``itl_ms`` are means over the turns, ``e2e_ms`` is the sum.
+    """
+    gaps = sum(reply.predicted_n - 1 for reply in replies)
+    return {
+        "decode_tps": 1e3 * gaps / sum(reply.predicted_ms for reply in replies),
+        "prefill_tps": 1e3 * sum(r.prompt_n for r in replies) / sum(r.prompt_ms for r in replies),
+        "ttft_ms": statistics.fmean(reply.ttft_ms for reply in replies),
+        "itl_ms": sum(reply.last_ms - reply.ttft_ms for reply in replies) / gaps,
+        "e2e_ms": sum(reply.e2e_ms for reply in replies),
+    }
+
+
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants that still live."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def rss_mib(tree: list[psutil.Process]) -> float:
+    """Return the resident memory of the processes together, in MiB."""
+    total = 0
+    for process in tree:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total / _MIB

@@ -1,0 +1,74 @@
+"""What a llama-server's log tells about memory: buffer sizes and offloaded layers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_LOADED = re.compile(r"loaded meta data with .* tensors from (\S+)")
+_BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
+_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """Memory as the server's log tells it, in MiB, all devices together.
+
+    Attributes:
+        model_mib: Weights, or None if the log has no such line.
+        kv_mib: KV cache and recurrent state.
+        compute_mib: Compute and output buffers.
+        offloaded_layers: Layers on the GPU, None where the log does not say.
+        layers: Layers there are.
+        devices: Device (``CUDA0``, ``CPU``, ``CPU_Mapped``) to MiB of all its buffers.
+    """
+
+    model_mib: float | None
+    kv_mib: float | None
+    compute_mib: float | None
+    offloaded_layers: int | None
+    layers: int | None
+    devices: dict[str, float]
+
+
+_GROUP = {"model": "model", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}
+
+
+def read_log(text: str) -> LogFacts:
+    """Read buffer sizes and offloaded layers out of a server's log.
+
+    With ``--fit on`` a build may first load the model without memory to see whether it fits, and
+    print sizes that are not allocated. Only the last load of each model file counts.
+
+    Args:
+        text: The log from the start to at least the end of loading.
+    """
+    # One list of lines a model file; a further load of the same file begins it anew.
+    loads: dict[str, list[str]] = {"": []}
+    current = ""
+    for line in text.splitlines():
+        if loaded := _LOADED.search(line):
+            current = loaded.group(1)
+            loads[current] = []
+        loads[current].append(line)
+    sums: dict[str, float] = {}
+    devices: dict[str, float] = {}
+    offloaded: tuple[int, int] | None = None
+    for lines in loads.values():
+        for line in lines:
+            if found := _BUFFER.search(line):
+                device, what, size = found.group(1), _GROUP[found.group(2)], float(found.group(3))
+                sums[what] = sums.get(what, 0.0) + size
+                devices[device] = devices.get(device, 0.0) + size
+            elif layers := _OFFLOADED.search(line):
+                done, total = int(layers.group(1)), int(layers.group(2))
+                before = offloaded or (0, 0)
+                offloaded = (before[0] + done, before[1] + total)
+    return LogFacts(
+        model_mib=sums.get("model"),
+        kv_mib=sums.get("kv"),
+        compute_mib=sums.get("compute"),
+        offloaded_layers=offloaded[0] if offloaded else None,
+        layers=offloaded[1] if offloaded else None,
+        devices=devices,
+    )

@@ -1,0 +1,91 @@
+"""Every metric there is: its unit, the better direction and how it is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["higher", "lower"]
+Kind = Literal["timing", "memory", "exact", "quality"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A named quantity.
+
+    Attributes:
+        name: The name used in baselines, tolerances and ``gate()``.
+        unit: Unit as printed.
+        better: The direction in which a change is an improvement.
+        kind: ``timing`` (noisy, judged on log ratios of launches), ``memory`` (nearly
+            deterministic, judged the same way), ``exact`` (no statistics at all) or
+            ``quality`` (divergence and perplexity of a model's answers).
+        scope: ``request`` for one value a request, ``launch`` for one value a server start,
+            ``quality`` for one value a pass over a corpus.
+        tolerance: Default relative tolerance; for ``exact`` metrics the relative slack.
+        slack: Absolute difference, in ``unit``, that never counts.
+        help: One line for people.
+    """
+
+    name: str
+    unit: str
+    better: Better
+    kind: Kind
+    scope: Literal["request", "launch", "quality"]
+    tolerance: float
+    slack: float
+    help: str
+
+
+def _timing(name: str, unit: str, better: Better, tolerance: float, text: str) -> Metric:
+    return Metric(name, unit, better, "timing", "request", tolerance, 0.0, text)
+
+
+def _exact(name: str, unit: str, better: Better, slack: float, text: str) -> Metric:
+    return Metric(name, unit, better, "exact", "launch", 0.0, slack, text)
+
+
+def _quality(name: str, unit: str, better: Better, tolerance: float, text: str) -> Metric:
+    return Metric(name, unit, better, "quality", "quality", tolerance, 0.0, text)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _timing("decode_tps", "tok/s", "higher", 0.05, "(predicted_n - 1) / predicted time"),
+        _timing("prefill_tps", "tok/s", "higher", 0.05, "prompt_n / prompt time"),
+        _timing("ttft_ms", "ms", "lower", 0.10, "request sent to first token, seen by the client"),
+        _timing("itl_ms", "ms", "lower", 0.05, "mean time between tokens, seen by the client"),
+        _timing("e2e_ms", "ms", "lower", 0.05, "request sent to last byte, seen by the client"),
+        Metric("load_ms", "ms", "lower", "timing", "launch", 0.25, 50.0, "process start to ready"),
+        Metric(
+            "rss_mib",
+            "MiB",
+            "lower",
+            "memory",
+            "launch",
+            0.05,
+            8.0,
+            "resident memory of all its processes",
+        ),
+        Metric(
+            "vram_mib",
+            "MiB",
+            "lower",
+            "memory",
+            "launch",
+            0.02,
+            64.0,
+            "GPU memory of the server, all GPUs",
+        ),
+        _exact("model_mib", "MiB", "lower", 1.0, "model buffers, from the log"),
+        _exact("kv_mib", "MiB", "lower", 1.0, "KV and recurrent-state buffers, from the log"),
+        _exact("compute_mib", "MiB", "lower", 4.0, "compute and output buffers, from the log"),
+        _exact("offloaded_layers", "layers", "higher", 0.0, "layers on the GPU, from the log"),
+        _quality("ppl", "ppl", "lower", 0.01, "perplexity of the corpus"),
+        _quality("kld_mean", "nat", "lower", 0.10, "mean KL divergence from the reference"),
+        _quality("kld_max", "nat", "lower", 0.50, "largest KL divergence of one token"),
+        _quality("same_top", "%", "higher", 0.005, "tokens with the same likeliest successor"),
+        _exact("n_ctx", "tokens", "higher", 0.0, "context of one slot, as the server reports it"),
+    )
+}

@@ -1,0 +1,1 @@
+"""What to run: models, builds, configs, workloads and the cases they make."""

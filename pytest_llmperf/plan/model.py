@@ -1,0 +1,144 @@
+"""Which model a config loads: a GGUF file, or one the project makes itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+
+from pytest_llmperf.errors import PlanError
+
+QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""Weight types that a model can be made in: those the package `gguf` can encode and that
+every build since 2025 runs on every device."""
+
+BLOCK = 32
+"""Values in one block of each of those types, and of each type of quantized KV cache."""
+
+LEAST_VOCAB = 512
+"""Control tokens, 256 bytes, the characters of the text, and some room to merge them."""
+
+GENERATION = 1
+"""Part of the digest. Goes up with every change of the recipe or of the text, so that a file
+made by the recipe before is never taken for one made by this."""
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class SynthSpec:
+    """Shape of a model that the project makes itself: random weights, real architecture.
+
+    Attributes:
+        layers: Transformer blocks.
+        embedding: Width of the hidden state.
+        heads: Attention heads; ``embedding / heads`` is the head size.
+        kv_heads: Key and value heads, shared by groups of attention heads.
+        feed_forward: Width of the hidden layer of each feed-forward block.
+        vocab: Number of tokens, exactly.
+        context: Trained context, in tokens.
+        quant: Type of the weights, one of :data:`QUANTS`.
+        seed: Of the weights. The same seed and shape in two quants is one model, rounded twice.
+
+    Raises:
+        PlanError: If a value is out of range or does not fit the others.
+    """
+
+    layers: int = 4
+    embedding: int = 256
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 768
+    vocab: int = 2048
+    context: int = 32768
+    quant: str = "Q8_0"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "embedding", "heads", "kv_heads", "feed_forward", "context"):
+            self._at_least(field, 1)
+        self._at_least("vocab", LEAST_VOCAB)
+        self._at_least("seed", 0)
+        if self.quant not in QUANTS:
+            raise PlanError(
+                f"`quant` must be one of {', '.join(QUANTS)}, not {self.quant!r}: "
+                "models in other types are made from an F16 one with llama-quantize"
+            )
+        # The head size is a multiple of the block, so that the KV cache can be quantized too.
+        if self.embedding % (self.heads * BLOCK):
+            step = self.heads * BLOCK
+            raise PlanError(
+                f"`embedding` ({self.embedding}) must be a multiple of {BLOCK} per head: with "
+                f"`heads` {self.heads} use {_around(self.embedding, step)}"
+            )
+        if self.heads % self.kv_heads:
+            fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise PlanError(
+                f"`kv-heads` ({self.kv_heads}) must divide `heads` ({self.heads}): "
+                f"use one of {', '.join(map(str, fitting))}"
+            )
+        if self.feed_forward % BLOCK:
+            raise PlanError(
+                f"`feed-forward` ({self.feed_forward}) must be a multiple of {BLOCK}: "
+                f"use {_around(self.feed_forward, BLOCK)}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.embedding // self.heads
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that stand for the content of the file to be made."""
+        shape = json.dumps([GENERATION, asdict(self)], sort_keys=True)
+        return hashlib.sha256(shape.encode()).hexdigest()[:12]
+
+    def _at_least(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            name = field.replace("_", "-")
+            raise PlanError(f"`{name}` must be a whole number of at least {least}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A name in ``[models]``.
+
+    Attributes:
+        name: As in ``[models.NAME]``.
+        file: File name or path of a GGUF, looked up in the model folders; of a split one, its
+            first part.
+        synth: Shape of a model to be made instead.
+        sha256: What the file must hash to, 64 hexadecimal digits, kept in lower case.
+        help: One line for people.
+
+    Raises:
+        PlanError: If there is not exactly one of ``file`` and ``synth``, or no such hash.
+    """
+
+    name: str
+    file: str | None = None
+    synth: SynthSpec | None = None
+    sha256: str | None = None
+    help: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.synth is None):
+            found = "neither" if self.file is None else "both"
+            raise PlanError(f"model `{self.name}` needs one of `file` and `synth`, has {found}")
+        if self.file is not None and not self.file.strip():
+            raise PlanError(f"`file` of model `{self.name}` is empty: name a GGUF file")
+        if self.sha256 is not None:
+            if not _SHA256.match(self.sha256):
+                raise PlanError(
+                    f"`sha256` of model `{self.name}` must be 64 hexadecimal digits, "
+                    f"not {self.sha256!r}: print them with sha256sum"
+                )
+            object.__setattr__(self, "sha256", self.sha256.lower())
+
+
+def _around(value: int, step: int) -> str:
+    """Name the multiples of `step` next to `value`."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)

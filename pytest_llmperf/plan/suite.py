@@ -1,0 +1,362 @@
+"""Reads a suite file: models, builds, configs, workloads and tolerances.
+
+Every mistake is one line with file and line number, and says what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pytest_llmperf.errors import PlanError
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.plan.config import LAUNCH, BuildEntry, Case, Config, Turn, Workload
+from pytest_llmperf.plan.env_file import read_env_file
+from pytest_llmperf.plan.lines import line_of
+from pytest_llmperf.plan.model import Model, SynthSpec
+from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag, nearest
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_WORKLOAD_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._]*$")
+_SECTIONS = ("models", "builds", "configs", "workloads", "tolerances")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A suite file, read and checked.
+
+    Attributes:
+        path: The file.
+        models: By name.
+        builds: By name.
+        configs: By name, in the order of the file.
+        workloads: By name, in the order of the file.
+        tolerances: Metric name to relative tolerance.
+    """
+
+    path: Path
+    models: Mapping[str, Model]
+    builds: Mapping[str, BuildEntry]
+    configs: Mapping[str, Config]
+    workloads: Mapping[str, Workload]
+    tolerances: Mapping[str, float]
+
+    def cases(
+        self, configs: Sequence[str] | None = None, workloads: Sequence[str] | None = None
+    ) -> list[Case]:
+        """Return the cases of the named configs and workloads, configs outermost.
+
+        Args:
+            configs: Names, or None for every config of the file.
+            workloads: Names; None or empty gives one case a config, without a workload.
+
+        Raises:
+            PlanError: If a name is not in the file.
+        """
+        names = list(self.configs) if configs is None else configs
+        chosen = [self._named(name, self.configs, "config") for name in names]
+        if not workloads:
+            return [Case(config, None) for config in chosen]
+        asked = [self._named(name, self.workloads, "workload") for name in workloads]
+        return [Case(config, workload) for config in chosen for workload in asked]
+
+    def _named(self, name: str, table: Mapping[str, _T], what: str) -> _T:
+        if name not in table:
+            raise PlanError(
+                f"no {what} `{name}`{nearest(name, table)}: "
+                f"there are {', '.join(table) or f'no {what}s'}",
+                self.path,
+            )
+        return table[name]
+
+
+class _Reader:
+    """Walks a parsed TOML document and knows where each key stands."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self.text = text
+
+    def fail(self, message: str, *where: str) -> PlanError:
+        return PlanError(message, self.path, line_of(self.text, where))
+
+    def table(self, value: object, *where: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            raise self.fail(f"`{'.'.join(where)}` must be a table", *where)
+        return value
+
+    def keys(self, table: Mapping[str, object], allowed: Collection[str], *where: str) -> None:
+        for key in table:
+            if key not in allowed:
+                place = f"[{'.'.join(where)}]" if where else "the suite file"
+                raise self.fail(
+                    f"unknown key `{key}` in {place}{nearest(key, allowed)}: "
+                    f"it takes {', '.join(allowed)}",
+                    *where,
+                    key,
+                )
+
+    def take(
+        self, table: Mapping[str, object], key: str, kind: type[_T], default: _T, *where: str
+    ) -> _T:
+        value = table.get(key, default)
+        # bool is an int to Python, but `seed = true` is a slip of the pen.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            names = {str: "a string", bool: "true or false", list: "a list", dict: "a table"}
+            raise self.fail(
+                f"`{key}` must be {names.get(kind, kind.__name__)}, not {value!r}", *where, key
+            )
+        return value
+
+    def strings(self, table: Mapping[str, object], key: str, *where: str) -> tuple[str, ...]:
+        values = self.take(table, key, list, [], *where)
+        for value in values:
+            if not isinstance(value, str):
+                raise self.fail(f"`{key}` must hold strings, not {value!r}", *where, key)
+        return tuple(values)
+
+    def each(
+        self,
+        document: Mapping[str, object],
+        section: str,
+        read: Callable[[str, dict[str, object]], _T],
+    ) -> dict[str, _T]:
+        entries = self.table(document.get(section, {}), section)
+        pattern = _WORKLOAD_NAME if section == "workloads" else _NAME
+        for name in entries:
+            if not pattern.match(name):
+                # A workload's name ends the node id `config-workload`: no dash, or ids collide.
+                allowed = "letters, digits, `.` and `_`" + (
+                    "" if section == "workloads" else ", `-`"
+                )
+                raise self.fail(
+                    f"`{name}` is no name for [{section}]: use {allowed}", section, name
+                )
+        return {
+            name: read(name, self.table(entry, section, name)) for name, entry in entries.items()
+        }
+
+    # one method a section
+
+    def model(self, name: str, table: dict[str, object]) -> Model:
+        where = ("models", name)
+        self.keys(table, ("file", "synth", "sha256", "help"), *where)
+        try:
+            synth = None
+            if "synth" in table:
+                shape = self.take(table, "synth", dict, {}, *where)
+                fields = {key.replace("-", "_"): value for key, value in shape.items()}
+                allowed = [f.replace("_", "-") for f in SynthSpec.__dataclass_fields__]
+                self.keys(shape, allowed, *where, "synth")
+                for key, value in fields.items():
+                    kind = str if key == "quant" else int
+                    if not isinstance(value, kind) or isinstance(value, bool):
+                        shown = "a string" if kind is str else "a whole number"
+                        raise self.fail(f"`{key}` must be {shown}, not {value!r}", *where, "synth")
+                synth = SynthSpec(**fields)
+            return Model(
+                name=name,
+                file=self.take(table, "file", str, "", *where) or None,
+                synth=synth,
+                sha256=self.take(table, "sha256", str, "", *where) or None,
+                help=self.take(table, "help", str, "", *where),
+            )
+        except PlanError as error:
+            if error.file is not None:
+                raise
+            raise self.fail(str(error), *where) from error
+
+    def build(self, name: str, table: dict[str, object]) -> BuildEntry:
+        where = ("builds", name)
+        self.keys(table, ("source", "label", "options", "env", "help"), *where)
+        if "source" not in table:
+            raise self.fail('lacks `source`, such as source = "pypi:xllamacpp==0.2.12"', *where)
+        env = self.take(table, "env", dict, {}, *where)
+        for key, value in env.items():
+            if not isinstance(value, str):
+                raise self.fail(f"`{key}` must be a string, not {value!r}", *where, "env", key)
+        return BuildEntry(
+            name=name,
+            source=self.take(table, "source", str, "", *where),
+            label=self.take(table, "label", str, "", *where) or None,
+            options=self.options(table, *where),
+            env=env,
+            help=self.take(table, "help", str, "", *where),
+        )
+
+    def options(self, table: Mapping[str, object], *where: str) -> dict[str, OptionValue]:
+        found: dict[str, OptionValue] = {}
+        place = (*where, "options")
+        for key, value in self.take(table, "options", dict, {}, *where).items():
+            if key.startswith("-"):
+                raise self.fail(f"`{key}`: write option names without dashes", *place, key)
+            known = from_flag("--" + key)
+            long = known[0] if known else key
+            if long in OWNED:
+                raise self.fail(f"`{key}` is not for a config: {OWNED[long]}", *place, key)
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                typed: OptionValue = tuple(value)
+            elif isinstance(value, str | int | float | bool):
+                typed = value
+            else:
+                raise self.fail(
+                    f"`{key}` must be a string, a number, true, false or a list of strings, "
+                    f"not {value!r}",
+                    *place,
+                    key,
+                )
+            if known and not known[1]:
+                if not isinstance(typed, bool):
+                    raise self.fail(f"`{key}` is a flag: write true or false", *place, key)
+                typed = typed is not known[2]  # `no-mmap = true` is `mmap = false`
+            elif known and isinstance(typed, bool):
+                raise self.fail(f"`{key}` takes a value, not {str(typed).lower()}", *place, key)
+            if long in found:
+                raise self.fail(f"`{key}` is set twice, under two names: keep one", *place, key)
+            found[long] = typed
+        return found
+
+    def tolerances(self, table: object, *where: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for key, value in self.table(table, *where).items():
+            if key not in METRICS:
+                raise self.fail(
+                    f"no metric `{key}`{nearest(key, METRICS)}: there are {', '.join(METRICS)}",
+                    *where,
+                    key,
+                )
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise self.fail(
+                    f"`{key}` must be a fraction from 0 to below 1 (0.05 is 5 %), not {value!r}",
+                    *where,
+                    key,
+                )
+            found[key] = float(value)
+        return found
+
+    def workload(self, name: str, table: dict[str, object]) -> Workload:
+        where = ("workloads", name)
+        self.keys(table, ("turns", "help"), *where)
+        if name == LAUNCH:
+            raise self.fail(f"`{LAUNCH}` is taken: it stands for what a start alone shows", *where)
+        turns = []
+        for entry in self.take(table, "turns", list, [], *where):
+            turn = self.table(entry, *where, "turns")
+            self.keys(turn, ("prompt", "generate"), *where, "turns")
+            lengths = [turn.get("prompt"), turn.get("generate")]
+            # One generated token has no time between tokens, so no decode speed.
+            for key, value, least in zip(("prompt", "generate"), lengths, (1, 2), strict=True):
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    raise self.fail(
+                        f"`{key}` of a turn must be a whole number of tokens, at least {least}",
+                        *where,
+                        "turns",
+                    )
+            turns.append(Turn(int(str(lengths[0])), int(str(lengths[1]))))
+        if not turns:
+            raise self.fail("lacks `turns`, such as [{ prompt = 64, generate = 64 }]", *where)
+        return Workload(name, tuple(turns), self.take(table, "help", str, "", *where))
+
+    def configs(
+        self, tables: dict[str, dict[str, object]], models: Collection[str]
+    ) -> dict[str, Config]:
+        done: dict[str, Config] = {}
+
+        def read(name: str, chain: tuple[str, ...]) -> Config:
+            if name in done:
+                return done[name]
+            where = ("configs", name)
+            table = tables[name]
+            allowed = ("model", "extends", "options", "env-file", "gpu", "marks", "tolerances")
+            self.keys(table, (*allowed, "help", "reference"), *where)
+            parent: Config | None = None
+            if "extends" in table:
+                base = self.take(table, "extends", str, "", *where)
+                if base not in tables:
+                    raise self.fail(
+                        f"extends `{base}`, which is no config{nearest(base, tables)}",
+                        *where,
+                        "extends",
+                    )
+                if base in (*chain, name):
+                    raise self.fail(
+                        f"extends itself by way of {' -> '.join((*chain, name, base))}",
+                        *where,
+                        "extends",
+                    )
+                parent = read(base, (*chain, name))
+            model = self.take(table, "model", str, parent.model if parent else "", *where)
+            if not model:
+                raise self.fail("lacks `model`, a name in [models]", *where)
+            if model not in models:
+                raise self.fail(
+                    f"no model `{model}`{nearest(model, models)}: "
+                    f"there are {', '.join(models) or 'none'}",
+                    *where,
+                    "model",
+                )
+            from_file: dict[str, OptionValue] = {}
+            if env_file := self.take(table, "env-file", str, "", *where):
+                from_file = read_env_file(self.path.parent / env_file)
+            tolerances = self.tolerances(table.get("tolerances", {}), *where, "tolerances")
+            inherited: Mapping[str, OptionValue] = parent.options if parent else {}
+            done[name] = Config(
+                name=name,
+                model=model,
+                options={**inherited, **from_file, **self.options(table, *where)},
+                gpu=self.take(table, "gpu", bool, parent.gpu if parent else False, *where),
+                marks=self.strings(table, "marks", *where)
+                if "marks" in table
+                else (parent.marks if parent else ()),
+                tolerances={**(parent.tolerances if parent else {}), **tolerances},
+                help=self.take(table, "help", str, "", *where),
+                reference=self.take(
+                    table, "reference", str, parent.reference if parent else "", *where
+                ),
+            )
+            return done[name]
+
+        return {name: read(name, ()) for name in tables}
+
+
+def load_suite(path: Path) -> Suite:
+    """Read and check a suite file.
+
+    Args:
+        path: A TOML file as described in ``docs/suite-file.md``.
+
+    Raises:
+        PlanError: On the first mistake, with file and line.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise PlanError(
+            "there is no such suite file: give another with --llmperf-suite=FILE", path
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the suite file: {error}", path) from error
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        position = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        line = int(position.group(1)) if position else len(text.splitlines())
+        reason = re.sub(r"\s*\(at .*\)$", "", str(error))
+        raise PlanError(f"not valid TOML: {reason}", path, line) from error
+    reader = _Reader(path, text)
+    reader.keys(document, _SECTIONS)
+    models = reader.each(document, "models", reader.model)
+    tables = reader.each(document, "configs", lambda _name, table: table)
+    return Suite(
+        path=path,
+        models=models,
+        builds=reader.each(document, "builds", reader.build),
+        configs=reader.configs(tables, models),
+        workloads=reader.each(document, "workloads", reader.workload),
+        tolerances=reader.tolerances(document.get("tolerances", {}), "tolerances"),
+    )

@@ -1,0 +1,369 @@
+"""pytest's hooks, and nothing else.
+
+Imports pytest and the standard library only: a run that uses no fixture of this plugin loads
+none of numpy, httpx and pynvml.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_llmperf.plan.config import Case
+    from pytest_llmperf.plan.suite import Suite
+    from pytest_llmperf.report.result import Result
+    from pytest_llmperf.session import Run, Written
+    from pytest_llmperf.settings import Settings
+
+pytest_plugins = ["pytest_llmperf.fixtures"]
+
+MARKERS = (
+    "gpu: needs a GPU; fails where there is none",
+    "long_running: takes more than a few minutes",
+    "quality: measures answers, not speed",
+    (
+        "llmperf(configs=..., workloads=..., tolerances=...): the configs and workloads of the "
+        "suite file that the test runs over (no configs: all; no workloads: the server start "
+        "alone), and tolerances that win over those of the suite file"
+    ),
+)
+_CASE = "llmperf_case"
+
+
+class _State:
+    """What this plugin keeps on the config between hooks; loaded piece by piece, on need."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.error: Exception | None = None
+        self.run: Run | None = None
+        self.seen: list[Result] = []
+        self.written: list[Written] = []
+        self.report: Path | None = None
+        self._settings: Settings | None = None
+        self._suite: Suite | None = None
+
+    @property
+    def settings(self) -> Settings:
+        if self._settings is None:
+            from platformdirs import user_cache_path  # noqa: PLC0415 - only when used
+
+            from pytest_llmperf.settings import read_settings  # noqa: PLC0415 - only when used
+
+            self._settings = read_settings(
+                option=lambda name: self.config.getoption(name, None),
+                ini=self.config.getini,
+                environment=os.environ,
+                root=self.config.rootpath,
+                invoked_from=self.config.invocation_params.dir,
+                cache=user_cache_path("pytest-llmperf"),
+            )
+        return self._settings
+
+    @property
+    def suite(self) -> Suite:
+        if self._suite is None:
+            from pytest_llmperf.plan.suite import load_suite  # noqa: PLC0415 - only when used
+
+            self._suite = load_suite(self.settings.suite)
+        return self._suite
+
+
+STATE = pytest.StashKey[_State]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the command-line options and ini values."""
+    group = parser.getgroup("llmperf", "llama.cpp builds: speed, memory, quality")
+    group.addoption(
+        "--baseline",
+        metavar="NAME",
+        dest="llmperf_baseline",
+        help="What to compare with: a set recorded under baselines/NAME for this machine, or a "
+        "build (a spec, or a name in [builds]) that is started and measured side by side. "
+        "Default: the newest set recorded on this machine.",
+    )
+    group.addoption(
+        "--update-baselines",
+        action="store_true",
+        dest="llmperf_update",
+        help="Record what is measured as the baseline of the build under test on this machine.",
+    )
+    group.addoption(
+        "--llmperf-build",
+        metavar="SPEC",
+        dest="llmperf_build",
+        help="The build under test: a path to llama-server or its folder, pypi:NAME==VERSION, "
+        "embedded, http://HOST:PORT, or a name in [builds]. Default: LLMPERF_BUILD, then "
+        "llama-server on PATH, then embedded.",
+    )
+    group.addoption(
+        "--llmperf-suite",
+        metavar="FILE",
+        dest="llmperf_suite",
+        help="The suite file (default: suites/llmperf.toml).",
+    )
+    group.addoption(
+        "--llmperf-models",
+        metavar="DIR",
+        action="append",
+        dest="llmperf_models",
+        help="Folder in which GGUF files are looked up; repeatable. Also LLMPERF_MODELS.",
+    )
+    group.addoption(
+        "--llmperf-strict",
+        action="store_true",
+        dest="llmperf_strict",
+        help="Fail on INCONCLUSIVE too.",
+    )
+    group.addoption(
+        "--llmperf-report",
+        metavar="DIR",
+        dest="llmperf_report",
+        help="Write results.json and a self-contained index.html into DIR.",
+    )
+    group.addoption(
+        "--llmperf-budget",
+        metavar="SECONDS",
+        dest="llmperf_budget",
+        help="Most seconds one test may spend on measuring again until its verdict is clear "
+        "(default: 300).",
+    )
+    parser.addini("llmperf_baseline", "Default of --baseline.")
+    parser.addini("llmperf_build", "Default of --llmperf-build.")
+    parser.addini("llmperf_suite", "Default of --llmperf-suite, relative to the root folder.")
+    parser.addini("llmperf_models", "Folders in which GGUF files are looked up.", type="args")
+    parser.addini("llmperf_budget", "Default of --llmperf-budget, in seconds.")
+    parser.addini("llmperf_baselines", "Folder of the recorded baselines (default: baselines).")
+    parser.addini("llmperf_machine", "Key of this machine's baselines, instead of a made one.")
+    parser.addini(
+        "llmperf_tolerances", "Lines METRIC = FRACTION; the suite file wins.", type="linelist"
+    )
+    parser.addini("llmperf_launches", "Fresh starts for and against a recorded baseline (3).")
+    parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (4).")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register markers; nothing is read or loaded yet."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    state = config.stash[STATE] = _State(config)
+    config.pluginmanager.register(_Collector(state), "llmperf-collector")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave no server behind."""
+    state = config.stash.get(STATE, None)
+    if state is not None and state.run is not None:
+        state.run.close()
+
+
+# -- collection ---------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make a test of each case that the ``llmperf`` marker asks for."""
+    if _CASE not in metafunc.fixturenames:
+        return
+    state = metafunc.config.stash[STATE]
+    cases: list[Case] = []
+    try:
+        cases = _cases(state, metafunc)
+    except Exception as error:  # noqa: BLE001 - raised again once collection can fail as a whole
+        state.error = state.error or error
+    metafunc.parametrize(
+        _CASE,
+        [pytest.param(case, id=case.id, marks=_marks(case)) for case in cases],
+        indirect=True,
+    )
+
+
+def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
+    from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
+
+    name = metafunc.definition.nodeid
+    marker = metafunc.definition.get_closest_marker("llmperf")
+    if marker is None:
+        raise PlanError(
+            f"{name} uses a fixture of pytest-llmperf: say what it runs over with "
+            '@pytest.mark.llmperf(configs=["..."], workloads=["..."])'
+        )
+    allowed = {"configs", "workloads", "tolerances"}
+    if marker.args or set(marker.kwargs) - allowed:
+        raise PlanError(f"{name}: the marker llmperf takes {', '.join(sorted(allowed))} by name")
+    for key in ("configs", "workloads"):
+        if isinstance(marker.kwargs.get(key), str):
+            raise PlanError(f'{name}: llmperf({key}=...) is a list: write ["..."]')
+    return state.suite.cases(marker.kwargs.get("configs"), marker.kwargs.get("workloads"))
+
+
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    names = [*(["gpu"] if case.config.gpu else []), *case.config.marks]
+    return [getattr(pytest.mark, name) for name in dict.fromkeys(names)]
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get(_CASE) if callspec is not None else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests of one config next to each other, so that its servers start once."""
+    state = config.stash[STATE]
+    _raise_user_error(state.error)
+    places: dict[str, int] = {}
+    slots = [index for index, item in enumerate(items) if _case_of(item) is not None]
+    ours = [items[index] for index in slots]
+    for item in ours:
+        case = _case_of(item)
+        if case is not None:
+            places.setdefault(case.config.name, len(places))
+
+    def place(item: pytest.Item) -> int:
+        case = _case_of(item)
+        return places[case.config.name] if case is not None else -1
+
+    for index, item in zip(slots, sorted(ours, key=place), strict=True):
+        items[index] = item
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Resolve builds and baseline once the selection is known."""
+    config = session.config
+    state = config.stash[STATE]
+    selected = [case for item in session.items if (case := _case_of(item)) is not None]
+    if not selected or session.testsfailed:
+        return
+    from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+    from pytest_llmperf.report.progress import Progress  # noqa: PLC0415 - only when used
+    from pytest_llmperf.session import (  # noqa: PLC0415 - only when used
+        begin,
+        check_baseline_name,
+    )
+
+    try:
+        check_baseline_name(state.settings, state.suite)
+        if config.option.collectonly:
+            return
+        progress = Progress(config)
+        state.run = begin(state.settings, state.suite, selected, progress)
+        progress.announce(state.run)
+    except UserError as error:
+        _raise_user_error(error)
+
+
+def _raise_user_error(error: Exception | None) -> None:
+    """Turn a user's mistake into pytest's usage error: one line, exit 4, no traceback."""
+    if error is None:
+        return
+    from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+
+    if isinstance(error, UserError):
+        raise pytest.UsageError(str(error)) from None
+    raise error
+
+
+# -- results ------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, Any, Any]:
+    """Stop a config's server when the next test needs another."""
+    try:
+        return (yield)
+    finally:
+        run = item.config.stash[STATE].run
+        case = _case_of(item)
+        following = _case_of(nextitem) if nextitem is not None else None
+        if (
+            run is not None
+            and case is not None
+            and (following is None or following.config is not case.config)
+        ):
+            run.close_server()
+
+
+class _Collector:
+    """Gathers results from reports; on the controller also those of pytest-xdist's workers."""
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep a test's results; record those of a passed one at once, so that none is lost."""
+        if report.when != "call":
+            return
+        texts = [value for name, value in report.user_properties if name == "llmperf"]
+        if not texts:
+            return
+        from pytest_llmperf.report.result import Result  # noqa: PLC0415 - only when used
+
+        results = [Result.loads(str(text)) for text in texts]
+        self._state.seen += results
+        state = self._state
+        if report.passed and state.settings.update and not _is_worker(state.config):
+            from pytest_llmperf.errors import BaselineError  # noqa: PLC0415 - only when used
+            from pytest_llmperf.session import write_baselines  # noqa: PLC0415 - only when used
+
+            try:
+                state.written += write_baselines(state.settings, results)
+            except BaselineError as error:
+                state.error = error
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Stop servers; write the report."""
+    state = session.config.stash[STATE]
+    if state.run is not None:
+        state.run.close()
+    if _is_worker(session.config) or not state.seen:
+        return
+    if state.settings.report is not None:
+        from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+        from pytest_llmperf.report.files import write_report  # noqa: PLC0415 - only when used
+
+        try:
+            state.report = write_report(state.settings.report, state.seen)
+        except UserError as error:
+            state.error = error
+    if state.error is not None:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Close with the table of verdicts."""
+    state = config.stash[STATE]
+    if not state.seen:
+        return
+    from pytest_llmperf.report.terminal import summarize  # noqa: PLC0415 - only when used
+
+    stale: dict[Path, list[str]] = {}
+    if state.written:
+        from pytest_llmperf.session import stale_entries  # noqa: PLC0415 - only when used
+
+        stale = stale_entries(state.suite, state.written)
+    summarize(
+        terminalreporter,
+        state.seen,
+        written=state.written,
+        stale=stale,
+        strict=state.settings.strict,
+        report=state.report,
+        error=None if state.error is None else str(state.error),
+    )

@@ -1,0 +1,1 @@
+"""Verdicts to the terminal, JUnit and pytest-benchmark."""

@@ -1,0 +1,85 @@
+"""Writes ``results.json`` and a self-contained ``index.html``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from pytest_llmperf.errors import UserError
+from pytest_llmperf.report.result import Result
+from pytest_llmperf.report.wording import HEADER, row
+
+SCHEMA = 1
+"""Version of ``results.json``."""
+
+
+def write_report(folder: Path, results: Sequence[Result]) -> Path:
+    """Write both files and return the page's path.
+
+    ``results.json`` is ``{"schema": 1, "results": [...]}``, each result with its verdicts, their
+    evidence and the samples of every launch of the build under test.
+
+    Args:
+        folder: Made if it is not there.
+        results: Of all tests, from all processes.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"schema": SCHEMA, "results": [json.loads(result.dumps()) for result in results]}
+        _write(folder / "results.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
+        page = folder / "index.html"
+        _write(page, _render(results))
+    except OSError as error:
+        raise UserError(f"--llmperf-report={folder}: cannot write: {error.strerror}") from error
+    return page
+
+
+def _render(results: Sequence[Result]) -> str:
+    source = resources.files("pytest_llmperf").joinpath("data/report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    lines = [
+        {
+            "cells": row(result, verdict),
+            "outcome": verdict.outcome.value,
+            "reason": verdict.reason,
+            "nodeid": result.nodeid,
+            "command": result.new.command,
+            "base_command": result.base.command if result.base else "",
+            "logs": [*result.new.logs, *(result.base.logs if result.base else ())],
+            "evidence": json.dumps(verdict.evidence, indent=1, sort_keys=True),
+        }
+        for result in results
+        for verdict in result.verdicts
+    ]
+    counts: dict[str, int] = {}
+    for line in lines:
+        counts[str(line["outcome"])] = counts.get(str(line["outcome"]), 0) + 1
+    return environment.from_string(source).render(
+        header=HEADER,
+        lines=lines,
+        counts=counts,
+        builds=list(dict.fromkeys(result.new.about for result in results)),
+        baselines=list(dict.fromkeys(r.base.about for r in results if r.base is not None)),
+        machines=list(dict.fromkeys(result.machine for result in results)),
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,105 @@
+"""The closing table of verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from pytest_llmperf.judge.store import Change
+from pytest_llmperf.judge.verdict import Outcome
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.result import Result
+from pytest_llmperf.report.wording import HEADER, columns, figure, row
+
+_COLOUR = {
+    Outcome.PASS: {"green": True},
+    Outcome.RECORDED: {"green": True},
+    Outcome.IMPROVED: {"green": True, "bold": True},
+    Outcome.INCONCLUSIVE: {"yellow": True, "bold": True},
+    Outcome.REGRESSION: {"red": True, "bold": True},
+}
+_FAILED = {"red": True}
+
+
+class WrittenFile(Protocol):
+    """A baseline file that was written, and what changed in it."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def changes(self) -> Sequence[Change]:
+        """One a metric and case."""
+
+
+def summarize(
+    reporter: pytest.TerminalReporter,
+    results: Sequence[Result],
+    *,
+    written: Sequence[WrittenFile],
+    stale: Mapping[Path, Sequence[str]],
+    strict: bool,
+    report: Path | None,
+    error: str | None,
+) -> None:
+    """Write the table, and what a person should know beside it.
+
+    Args:
+        reporter: pytest's terminal.
+        results: Of all tests, from all processes.
+        written: What ``--update-baselines`` did.
+        stale: Entries of those files that no case makes any more.
+        strict: Whether INCONCLUSIVE fails.
+        report: Where the report was written.
+        error: What went wrong after the tests, if anything did.
+    """
+    reporter.section("llmperf")
+    lines = [(row(result, verdict), verdict) for result in results for verdict in result.verdicts]
+    header, *table = columns([HEADER, *(cells for cells, _ in lines)])
+    reporter.write_line(header, bold=True)
+    for text, (_, verdict) in zip(table, lines, strict=True):
+        reporter.write_line(text, **_COLOUR.get(verdict.outcome, _FAILED))
+    _sides(reporter, results)
+    outcomes = [verdict.outcome for _, verdict in lines]
+    counts = ", ".join(
+        f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome if outcome in outcomes
+    )
+    reporter.write_line(f"verdicts: {counts}")
+    for _, verdict in lines:
+        if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
+            reporter.write_line(
+                f"warning: {verdict.metric} was not shown to be within tolerance: {verdict.reason}",
+                yellow=True,
+            )
+    for one in written:
+        for change in one.changes:
+            unit = METRICS[change.metric].unit
+            how = "replaced, its conditions changed" if change.replaced else "recorded"
+            reporter.write_line(
+                f"{one.path}: {change.case} {change.metric} {how}: "
+                f"{figure(change.old, unit)} -> {figure(change.new, unit)} "
+                f"({change.launches_before} -> {change.launches_after} launches)"
+            )
+    for path, entries in stale.items():
+        reporter.write_line(
+            f"{path}: stale, made by no case of the suite file: {', '.join(entries)}", yellow=True
+        )
+    if report is not None:
+        reporter.write_line(f"report: {report}")
+    if error is not None:
+        reporter.write_line(f"ERROR: {error}", red=True)
+
+
+def _sides(reporter: pytest.TerminalReporter, results: Sequence[Result]) -> None:
+    reporter.write_line("")
+    for text in dict.fromkeys(f"build under test: {result.new.about}" for result in results):
+        reporter.write_line(text)
+    bases = [result.base for result in results if result.base is not None]
+    for text in dict.fromkeys(f"baseline: {base.about}" for base in bases):
+        reporter.write_line(text)
+    for machine in dict.fromkeys(result.machine for result in results):
+        reporter.write_line(f"machine: {machine}")

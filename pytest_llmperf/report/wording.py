@@ -1,0 +1,126 @@
+"""Figures and verdicts in words: the failure text and the lines of the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pytest_llmperf.judge.verdict import Outcome, Verdict
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.result import Result
+
+HEADER = ("case", "metric", "baseline", "measured", "change", "interval", "tolerance", "verdict")
+
+
+def figure(value: float | None, unit: str = "") -> str:
+    """Return a figure with four significant digits and its unit, or a dash."""
+    if value is None:
+        return "-"
+    shown = f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"  # noqa: PLR2004 - four digits
+    return f"{shown} {unit}".rstrip()
+
+
+def percent(value: float) -> str:
+    """Return a signed percentage with one decimal."""
+    return f"{100 * value:+.1f} %"
+
+
+def interval(verdict: Verdict) -> str:
+    """Return the confidence interval of the change, or a dash."""
+    if verdict.interval is None:
+        return "-"
+    low, high = verdict.interval
+    return f"{percent(low)} … {percent(high)}"
+
+
+def row(result: Result, verdict: Verdict) -> tuple[str, ...]:
+    """Return a line of the closing table, in the order of :data:`HEADER`."""
+    unit = METRICS[verdict.metric].unit
+    return (
+        result.case,
+        verdict.metric,
+        figure(verdict.base, unit),
+        figure(verdict.new, unit),
+        "-" if verdict.change is None else percent(verdict.change),
+        interval(verdict),
+        allowed(verdict),
+        verdict.outcome.value,
+    )
+
+
+def allowed(verdict: Verdict) -> str:
+    """Return what change for the worse is allowed."""
+    metric = METRICS[verdict.metric]
+    sign = "-" if metric.better == "higher" else "+"
+    parts = []
+    if verdict.tolerance or not verdict.slack:
+        parts.append(f"{sign}{100 * verdict.tolerance:g} %")
+    if verdict.slack:
+        parts.append(f"{verdict.slack:g} {metric.unit}")
+    return " or ".join(parts) if metric.kind != "exact" or verdict.slack else "none"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as aligned lines, figures to the right, words to the left."""
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+    left = {0, 1, len(widths) - 1}
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in rows
+    ]
+
+
+def failure(result: Result, *, strict: bool) -> str:
+    """Return what a person needs to act on a failed gate.
+
+    Metric, both values, ratio with its interval, tolerance, launches and samples behind it,
+    exact server command, both builds, machine, log, and what to do next.
+    """
+    failing = [v for v in result.verdicts if v.outcome.fails(strict=strict)]
+    lines = [f"{result.case}: " + ", ".join(f"{v.metric} {v.outcome.value}" for v in failing)]
+    for verdict in failing:
+        lines += ["", *_explain(verdict)]
+    lines += ["", f"  build under test  {result.new.about}"]
+    if result.new.command:
+        lines.append(f"    command         {result.new.command}")
+    lines += [f"    log             {log}" for log in result.new.logs[-1:]]
+    if result.base is not None:
+        lines.append(f"  baseline          {result.base.about}")
+        if result.base.command:
+            lines.append(f"    command         {result.base.command}")
+        lines += [f"    log             {log}" for log in result.base.logs[-1:]]
+    lines.append(f"  machine           {result.machine}")
+    if any(v.outcome is Outcome.REGRESSION for v in failing):
+        lines += ["", _next_step(result)]
+    return "\n".join(lines)
+
+
+def _explain(verdict: Verdict) -> list[str]:
+    metric = METRICS[verdict.metric]
+    lines = [f"  {verdict.metric}: {verdict.outcome.value}: {verdict.reason}"]
+    if verdict.base is not None and verdict.new is not None:
+        change = "" if verdict.change is None else f", {percent(verdict.change)}"
+        ends = "" if verdict.interval is None else f" ({interval(verdict)})"
+        lines.append(
+            f"    {figure(verdict.base, metric.unit)} -> {figure(verdict.new, metric.unit)}"
+            f"{change}{ends}; allowed {allowed(verdict)}; {metric.better} is better"
+        )
+        lines.append(
+            f"    {verdict.mode}; launches {verdict.launches_base} + {verdict.launches_new}, "
+            f"samples {verdict.samples_base} + {verdict.samples_new}"
+        )
+    return lines
+
+
+def _next_step(result: Result) -> str:
+    config = result.case.partition("/")[0]
+    return (
+        "  Next: repeat it alone with\n"
+        f"    pytest {result.nodeid.partition('[')[0]} -k {config!r} "
+        "with the same --baseline and --llmperf-build;\n"
+        "  if the change is known and accepted, raise the tolerance in the suite file or record "
+        "this build with\n"
+        "    pytest --update-baselines."
+    )

@@ -1,0 +1,1 @@
+"""Server processes and HTTP: launch, readiness, supervision, shutdown, client."""

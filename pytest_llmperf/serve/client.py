@@ -1,0 +1,276 @@
+"""Asks a llama-server, and notes when its answers arrive.
+
+While a request is timed, the answer's bytes are only stored with their arrival times; they
+are parsed afterwards, since parsing would compete with the server for a small machine's cores.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import httpx
+
+from pytest_llmperf.errors import CheckError, ServerError
+
+_CONNECT = 10.0
+_SHOWN = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answered completion request, times in milliseconds.
+
+    ``prompt_*``, ``predicted_*`` and ``cache_n`` are the server's own ``timings``; the rest is
+    what the client saw.
+
+    Attributes:
+        prompt_n: Prompt tokens evaluated.
+        prompt_ms: Time for them.
+        predicted_n: Tokens generated.
+        predicted_ms: Time for them.
+        cache_n: Prompt tokens taken from a cache.
+        truncated: Whether the context overflowed.
+        stop_type: ``limit``, ``eos`` or ``word``.
+        ttft_ms: Request sent to first token.
+        last_ms: Request sent to last token.
+        e2e_ms: Request sent to end of answer.
+        draft_n: Tokens drafted, None without speculative decoding.
+        draft_accepted_n: Drafted tokens that were accepted.
+        text: What was generated.
+    """
+
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    cache_n: int
+    truncated: bool
+    stop_type: str
+    ttft_ms: float
+    last_ms: float
+    e2e_ms: float
+    draft_n: int | None
+    draft_accepted_n: int | None
+    text: str
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    # httpx makes one a client, which takes longer than a small model takes to load.
+    return ssl.create_default_context()
+
+
+class Client:
+    """Talks to one server.
+
+    Args:
+        url: Address of the server.
+        key: API key, or None.
+        timeout: Seconds without a byte after which a request counts as hung.
+        post_mortem: Called when the connection breaks; returns how the server died, or None
+            if it still lives.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        *,
+        timeout: float = 300.0,
+        post_mortem: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.url = url
+        self._timeout = timeout
+        self._post_mortem = post_mortem
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(timeout, connect=_CONNECT),
+            # A proxy from the environment has no business between us and loopback.
+            trust_env=False,
+            verify=_tls(),
+            # llama-server closes idle connections after a few seconds; one that is reused at
+            # that moment looks like a server that died. A new one costs little on loopback.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def get(self, path: str) -> Any:  # noqa: ANN401 - JSON is what the server says it is
+        """Return the JSON of a route.
+
+        Raises:
+            ServerError: If it is not answered with 200 and JSON.
+        """
+        return self._json("GET", path, None)
+
+    def status(self, path: str, key: str | None = None) -> int:
+        """Return the HTTP status of a route, 0 if nothing answers.
+
+        Args:
+            path: The route.
+            key: Send this key in place of the server's own.
+        """
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        try:
+            return self._http.get(path, headers=headers).status_code
+        except httpx.HTTPError:
+            return 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of ``text``, without special tokens.
+
+        Raises:
+            ServerError: If the server cannot.
+        """
+        answer = self._json("POST", "/tokenize", {"content": text, "add_special": False})
+        tokens = answer.get("tokens") if isinstance(answer, dict) else None
+        if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens):
+            raise ServerError("/tokenize answered no list of token ids")
+        return tokens
+
+    def _json(self, method: str, path: str, body: object) -> Any:  # noqa: ANN401 - as above
+        what = f"{method} {path}"
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise self._broken(error, what) from error
+        if response.status_code != httpx.codes.OK:
+            raise _refused(response.status_code, response.text, what)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ServerError(f"{what}: the answer is no JSON: {response.text[:_SHOWN]}") from error
+
+    def complete(self, prompt: Sequence[int], generate: int, what: str) -> Reply:
+        """Send a cold, greedy completion of fixed length and time it.
+
+        Args:
+            prompt: Token ids.
+            generate: Tokens to generate, exactly.
+            what: Names the request in error texts.
+
+        Raises:
+            ServerError: If the server answers an error, dies or hangs.
+            CheckError: If the answer is not in the form of llama-server's stream.
+        """
+        body = {
+            "prompt": list(prompt),
+            "n_predict": generate,
+            "ignore_eos": True,
+            "temperature": 0,
+            "seed": 1,
+            "cache_prompt": False,
+            "id_slot": 0,
+            "stream": True,
+        }
+        content = json.dumps(body).encode()
+        arrived: list[tuple[float, bytes]] = []
+        clock = time.perf_counter
+        try:
+            started = clock()
+            with self._http.stream(
+                "POST", "/completion", content=content, headers={"Content-Type": "application/json"}
+            ) as response:
+                for chunk in response.iter_raw():
+                    arrived.append((clock(), chunk))  # noqa: PERF401 - the time is taken in the loop
+            ended = clock()
+        except httpx.HTTPError as error:
+            raise self._broken(error, what, partial=len(arrived)) from error
+        if response.status_code != httpx.codes.OK:
+            body_text = b"".join(chunk for _, chunk in arrived).decode(errors="replace")
+            raise _refused(response.status_code, body_text, what)
+        return _read_stream(arrived, started, ended, what)
+
+    def _broken(self, error: httpx.HTTPError, what: str, partial: int = 0) -> ServerError:
+        after = f" after {partial} parts of the answer" if partial else ""
+        if isinstance(error, httpx.ReadTimeout):
+            return ServerError(
+                f"{what}: the server hung: nothing came for {self._timeout:g} s{after}",
+                kind="timeout",
+            )
+        if died := self._post_mortem():
+            return ServerError(f"{what}: the server died{after}: {died}", kind="crashed")
+        shown = str(error) or type(error).__name__
+        return ServerError(f"{what}: the connection broke{after}: {shown}", kind="http")
+
+
+def _refused(status: int, text: str, what: str) -> ServerError:
+    try:
+        message = json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = text.strip()
+    return ServerError(f"{what}: HTTP {status}: {str(message)[:_SHOWN]}", kind="http")
+
+
+def _events(arrived: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Yield (arrival time, event) of a server-sent stream.
+
+    An event counts as arrived when its last byte did. Comment lines are pings.
+    """
+    rest = b""
+    for when, chunk in arrived:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            field, _, value = line.strip().partition(b":")
+            value = value.strip()
+            if field in {b"data", b"error"} and value and value != b"[DONE]":
+                event = json.loads(value)
+                yield (
+                    when,
+                    {"error": event} if field == b"error" and "error" not in event else event,
+                )
+
+
+def _read_stream(
+    arrived: Sequence[tuple[float, bytes]], started: float, ended: float, what: str
+) -> Reply:
+    first: float | None = None
+    last = ended
+    text = []
+    final: Mapping[str, Any] | None = None
+    try:
+        for when, event in _events(arrived):
+            if "error" in event:
+                error = event["error"]
+                message = error.get("message", error) if isinstance(error, dict) else error
+                raise ServerError(f"{what}: error in mid-answer: {str(message)[:_SHOWN]}")
+            text.append(str(event.get("content", "")))
+            if event.get("stop"):
+                # The last token may come with the closing event alone.
+                final, last = event, when
+            if first is None and (event.get("content") or event.get("tokens") or final):
+                first = when
+    except ValueError as error:
+        raise CheckError(f"{what}: the stream is no JSON: {error}") from error
+    if final is None or first is None:
+        raise CheckError(f"{what}: the answer ended without its closing event")
+    timings = final.get("timings")
+    if not isinstance(timings, dict):
+        raise CheckError(f"{what}: the answer holds no `timings`")
+    try:
+        return Reply(
+            prompt_n=int(timings["prompt_n"]),
+            prompt_ms=float(timings["prompt_ms"]),
+            predicted_n=int(timings["predicted_n"]),
+            predicted_ms=float(timings["predicted_ms"]),
+            cache_n=int(timings["cache_n"]),
+            truncated=bool(final.get("truncated", False)),
+            stop_type=str(final.get("stop_type", "unknown")),
+            ttft_ms=(first - started) * 1e3,
+            last_ms=(last - started) * 1e3,
+            e2e_ms=(ended - started) * 1e3,
+            draft_n=timings.get("draft_n"),
+            draft_accepted_n=timings.get("draft_n_accepted"),
+            text="".join(text),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckError(f"{what}: `timings` lacks or garbles {error}") from error

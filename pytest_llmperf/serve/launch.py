@@ -1,0 +1,363 @@
+"""Starts one server of one build for one config, and knows that it is the one answering."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.dialect import dialect_of
+from pytest_llmperf.errors import BuildError, ServerError
+from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve.client import Client
+from pytest_llmperf.serve.process import ServerProcess, describe_exit
+
+DEFAULTS: Mapping[str, OptionValue] = {"parallel": 1, "cache-ram": 0, "offline": True}
+"""Options of every server unless the config says otherwise.
+
+One slot, since four share the context otherwise; no prompt cache in RAM, since copying it
+happens just before the clock starts; no network.
+"""
+
+_SCRUBBED = ("LLAMA_", "GGML_", "AIP_", "HF_TOKEN")
+_LISTENING = re.compile(rb"listening on (https?://[^\s,]+)")
+_CONFIG_FILE = re.compile(rb"using config file: *(\S+)")
+_POLL = 0.005
+_TAIL_LINES = 20
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """How servers of one run are started.
+
+    Attributes:
+        folder: Run folder; logs and key files go there.
+        timeout: Seconds a server may take to become ready.
+        hang: Seconds without a byte after which a request counts as hung.
+        progress: Is told when a start takes more than two seconds.
+    """
+
+    folder: Path
+    timeout: float = 600.0
+    hang: float = 300.0
+    progress: Callable[[str], None] = field(default=lambda _text: None)
+
+
+class Server:
+    """A running server, ready and known to be ours. Use it as a context manager, or stop it.
+
+    Attributes:
+        build: The build it is of.
+        config: The config it runs.
+        command: Its full command, or ``()`` for an endpoint; holds no key.
+        url: Its address.
+        client: Talks to it.
+        log: Its log file, or None for an endpoint.
+        load_ms: Process start to ready, in milliseconds; None for an endpoint.
+        props: What ``/props`` answered.
+    """
+
+    def __init__(
+        self,
+        *,
+        build: Build,
+        config: Config,
+        command: tuple[str, ...],
+        client: Client,
+        process: ServerProcess | None,
+        load_ms: float | None,
+        props: Mapping[str, Any],
+        key_file: Path | None,
+    ) -> None:
+        self.build = build
+        self.config = config
+        self.command = command
+        self.url = client.url
+        self.client = client
+        self.log = process.log if process else None
+        self.load_ms = load_ms
+        self.props = props
+        self._process = process
+        self._key_file = key_file
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server, None for an endpoint."""
+        return self._process.pid if self._process else None
+
+    @property
+    def shown_command(self) -> str:
+        """The command as one would type it."""
+        return shlex.join(self.command) if self.command else f"(a running server: {self.url})"
+
+    def log_text(self) -> str:
+        """Return the whole log so far."""
+        return self.log.read_text("utf-8", errors="replace") if self.log else ""
+
+    def alive(self) -> bool:
+        """Return whether the server still runs."""
+        return self._process is None or self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stop the server and all its processes. Safe to call again."""
+        self.client.close()
+        if self._process is not None:
+            self._process.stop()
+        if self._key_file is not None:
+            self._key_file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def tail(log: Path, lines: int = _TAIL_LINES) -> str:
+    """Return the last lines of a log, indented, for an error text."""
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    kept = text.rstrip().splitlines()[-lines:]
+    return "\n".join(f"    | {line}" for line in kept) or "    | (the log is empty)"
+
+
+def server_options(build: Build, config: Config) -> dict[str, OptionValue]:
+    """Return the options a config's server gets on a build: defaults, config, build."""
+    return {**DEFAULTS, **config.options, **build.options}
+
+
+def scrubbed_environment(build: Build, config_home: Path) -> dict[str, str]:
+    """Return our environment without what would configure a server behind our back."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)}
+    # llama-server reads $XDG_CONFIG_HOME/llama.cpp/config.ini; ours is an empty folder.
+    env["XDG_CONFIG_HOME"] = str(config_home)
+    env.update(build.env)
+    return env
+
+
+def compose(
+    build: Build, config: Config, model: Path, key_file: Path, port: int = 0
+) -> tuple[str, ...]:
+    """Return the full command of a server.
+
+    Raises:
+        BuildError: If the build does not know an option of the config.
+    """
+    dialect = dialect_of(build)
+    options = server_options(build, config)
+    if not dialect.supports("offline") and "offline" not in config.options:
+        del options["offline"]
+    if "verbosity" not in options and (level := dialect.log_verbosity):
+        options["verbosity"] = level
+    try:
+        arguments = dialect.arguments(options)
+    except BuildError as error:
+        raise BuildError(f"config {config.name}: {error}") from error
+    owned = ["--host", "127.0.0.1", "--port", str(port), "--api-key-file", str(key_file)]
+    return (*build.command, "--model", str(model), *arguments, *owned)
+
+
+def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: int = 0) -> Server:
+    """Start a server and wait until it is ready.
+
+    Args:
+        build: Build to start; an endpoint is only connected to.
+        config: Options and names.
+        model: GGUF file.
+        plan: Run folder and time limits.
+        port: Fixed port; 0 lets the system choose a free one.
+
+    Raises:
+        BuildError: If the build does not know an option of the config.
+        ServerError: If it does not start, dies, takes too long, or if a server that is not ours
+            answers in its place.
+    """
+    if build.url is not None:
+        return _connect(build, config, plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    name = f"{next(_numbers):03d}-{build.label}-{config.name}"
+    log = plan.folder / f"{name}.log"
+    key = secrets.token_urlsafe(24)
+    key_file = plan.folder / f"{name}.key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(key + "\n", "utf-8")
+    config_home = plan.folder / "no-config"
+    config_home.mkdir(exist_ok=True)
+    try:
+        command = compose(build, config, model, key_file, port)
+        began = time.perf_counter()
+        process = ServerProcess(command, log, scrubbed_environment(build, config_home))
+    except BaseException:
+        key_file.unlink(missing_ok=True)
+        raise
+    client: Client | None = None
+    try:
+        url = _wait_listening(
+            process, plan, f"{build.label} for config {config.name}", began, command
+        )
+        client = Client(url, key, timeout=plan.hang, post_mortem=lambda: _post_mortem(process))
+        _wait_healthy(client, process, plan, began, command)
+        load_ms = (time.perf_counter() - began) * 1e3
+        props = _prove_ours(client, process)
+    except BaseException:
+        if client is not None:
+            client.close()
+        process.stop()
+        key_file.unlink(missing_ok=True)
+        raise
+    return Server(
+        build=build,
+        config=config,
+        command=command,
+        client=client,
+        process=process,
+        load_ms=load_ms,
+        props=props,
+        key_file=key_file,
+    )
+
+
+def _connect(build: Build, config: Config, plan: ServePlan) -> Server:
+    client = Client(str(build.url), os.environ.get("LLMPERF_API_KEY"), timeout=plan.hang)
+    try:
+        props = client.get("/props")
+    except BaseException:
+        client.close()
+        raise
+    return Server(
+        build=build,
+        config=config,
+        command=(),
+        client=client,
+        process=None,
+        load_ms=None,
+        props=props,
+        key_file=None,
+    )
+
+
+def _failed(reason: str, log: Path, command: tuple[str, ...], kind: str) -> ServerError:
+    return ServerError(
+        f"{reason}\n  command: {shlex.join(command)}\n  log: {log}\n{tail(log)}", log=log, kind=kind
+    )
+
+
+def _post_mortem(process: ServerProcess) -> str | None:
+    # The connection breaks a moment before the exit is known.
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        if (status := process.poll()) is not None:
+            return f"{describe_exit(status)}\n  log: {process.log}\n{tail(process.log)}"
+        time.sleep(0.02)
+    return None
+
+
+class _Patience:
+    """Says every few seconds that a start still goes on."""
+
+    def __init__(self, plan: ServePlan, what: str, began: float) -> None:
+        self._plan, self._what, self._began = plan, what, began
+        self._next = 2.0
+
+    def tick(self) -> float:
+        waited = time.perf_counter() - self._began
+        if waited > self._next:
+            self._plan.progress(f"waiting for {self._what}: {waited:.0f} s")
+            self._next = waited + 5.0
+        time.sleep(_POLL)
+        return waited
+
+
+def _wait_listening(
+    process: ServerProcess, plan: ServePlan, what: str, began: float, command: tuple[str, ...]
+) -> str:
+    patience = _Patience(plan, what, began)
+    seen = 0
+    while True:
+        status = process.poll()
+        size = process.log.stat().st_size if process.log.exists() else 0
+        if size != seen:
+            seen = size
+            content = process.log.read_bytes()
+            if used := _CONFIG_FILE.search(content):
+                raise _failed(
+                    f"{what} read {used.group(1).decode()}: move it away, it changes the options",
+                    process.log,
+                    command,
+                    "start",
+                )
+            if found := _LISTENING.search(content):
+                return found.group(1).decode().replace("//0.0.0.0:", "//127.0.0.1:")
+        if status is not None:
+            raise _failed(
+                f"{what} ended before it was ready: {describe_exit(status)}",
+                process.log,
+                command,
+                "start",
+            )
+        if patience.tick() > plan.timeout:
+            raise _failed(
+                f"{what} was not ready within {plan.timeout:g} s", process.log, command, "timeout"
+            )
+
+
+def _wait_healthy(
+    client: Client, process: ServerProcess, plan: ServePlan, began: float, command: tuple[str, ...]
+) -> None:
+    patience = _Patience(plan, f"{client.url}/health", began)
+    while True:
+        status = client.status("/health")
+        if status == httpx.codes.OK:
+            return
+        if (ended := process.poll()) is not None:
+            raise _failed(
+                f"the server ended before it was ready: {describe_exit(ended)}",
+                process.log,
+                command,
+                "start",
+            )
+        if patience.tick() > plan.timeout:
+            raise _failed(
+                f"{client.url}/health answered {status or 'nothing'} for {plan.timeout:g} s",
+                process.log,
+                command,
+                "timeout",
+            )
+
+
+def _prove_ours(client: Client, process: ServerProcess) -> Mapping[str, Any]:
+    """Return ``/props``, once it is sure that the server we started is the one answering.
+
+    Only ours knows the random key: it takes that one and refuses another.
+    """
+    foreign = ServerError(
+        f"another server answers at {client.url}, not the one started (pid {process.pid})",
+        log=process.log,
+        kind="foreign",
+    )
+    if client.status("/props", key="not the key") not in {401, 403}:
+        raise foreign
+    try:
+        props = client.get("/props")
+    except ServerError as error:
+        raise foreign from error
+    if process.poll() is not None or not isinstance(props, dict):
+        raise foreign
+    return props

@@ -1,0 +1,478 @@
+"""One pytest run: what was asked for, which builds, what to compare with, what came out.
+
+Loaded only once a selected test uses a fixture of this plugin.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.devices import devices_of
+from pytest_llmperf.build.resolve import default_spec, resolve
+from pytest_llmperf.build.spec import is_spec, parse_spec
+from pytest_llmperf.campaign import Campaign
+from pytest_llmperf.errors import BuildError, LlmperfError, PlanError
+from pytest_llmperf.gate import (
+    Absent,
+    Comparison,
+    Fingerprint,
+    Question,
+    Record,
+    SideBySide,
+    Stored,
+)
+from pytest_llmperf.judge import store
+from pytest_llmperf.judge.decide import failed
+from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.measure.gpu import gpus
+from pytest_llmperf.measure.launch import PROTOCOL, Launch
+from pytest_llmperf.measure.machine import machine, machine_fingerprint
+from pytest_llmperf.metrics import METRICS, Metric
+from pytest_llmperf.models.locate import check_sha256, locate, sha256
+from pytest_llmperf.plan.config import LAUNCH, Case, Config
+from pytest_llmperf.plan.options import nearest
+from pytest_llmperf.plan.suite import Suite
+from pytest_llmperf.report.result import Result, Side
+from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
+from pytest_llmperf.settings import Settings
+
+_KEPT_RUNS = 10
+
+Progress = Callable[[str], None]
+
+
+def check_baseline_name(settings: Settings, suite: Suite) -> None:
+    """Refuse a ``--baseline`` that is neither recorded nor a build.
+
+    Raises:
+        UserError: With all that there is.
+    """
+    name = settings.baseline
+    if name is None:
+        return
+    labels = store.labels(settings.baselines)
+    if name in labels or is_spec(name, suite.builds, settings.root):
+        return
+    # A spec of a kind that is known but not to be had says so itself.
+    if ":" in name:
+        parse_spec(name, suite.builds, settings.root)
+    raise PlanError(
+        f"--baseline={name}: neither recorded in {settings.baselines} nor a build"
+        f"{nearest(name, [*labels, *suite.builds])}; recorded: {', '.join(labels) or 'none'}; "
+        f"[builds]: {', '.join(suite.builds) or 'none'}; or give a build spec, such as "
+        "pypi:xllamacpp==0.2.12"
+    )
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything one pytest run knows.
+
+    Attributes:
+        settings: What it was told.
+        suite: The suite file.
+        new: The build under test.
+        base: The build measured side by side, or None.
+        comparison: What to compare with.
+        folder: Run folder: logs.
+        progress: Says what goes on.
+        seed: Seed of the coin flips.
+        results: What this process measured, in order.
+    """
+
+    settings: Settings
+    suite: Suite
+    new: Build
+    base: Build | None
+    comparison: Comparison
+    folder: Path
+    progress: Progress
+    seed: int
+    selected: Mapping[str, Sequence[Case]]
+    results: list[Result] = field(default_factory=list)
+    _campaigns: dict[str, Campaign] = field(default_factory=dict)
+    _models: dict[str, Path] = field(default_factory=dict)
+    _server: Server | None = None
+    _gpu_error: LlmperfError | None = None
+    _gpu_checked: bool = False
+
+    # -- what test authors reach through the fixtures ------------------------------------
+
+    def gate(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
+        """Judge metrics of a case.
+
+        Args:
+            nodeid: The test.
+            case: Config and workload.
+            asked: Metric name to the test's own tolerance, or None for the next lower source.
+
+        Raises:
+            PlanError: If there is no such metric.
+        """
+        for name in asked:
+            if name not in METRICS:
+                raise PlanError(
+                    f"no metric `{name}`{nearest(name, METRICS)}: there are {', '.join(METRICS)}"
+                )
+        try:
+            campaign = self.campaign(case.config)
+        except LlmperfError as error:
+            verdicts = [failed(METRICS[name], str(error)) for name in asked]
+            return self._keep(
+                Result(
+                    nodeid,
+                    case.key,
+                    self._side(self.new, ()),
+                    None,
+                    self.machine_key,
+                    tuple(verdicts),
+                )
+            )
+        verdicts = [
+            Question(
+                campaign=campaign,
+                case=case,
+                metric=METRICS[name],
+                tolerance=self.tolerance(METRICS[name], case.config, own),
+                budget=self.settings.budget,
+                launches=self.settings.launches,
+                fingerprint=lambda launch: self.fingerprint(case, launch),
+            ).answer(self.comparison)
+            for name, own in asked.items()
+        ]
+        return self._keep(self._result(nodeid, case, campaign, verdicts))
+
+    def server(self, config: Config) -> Server:
+        """Return a running server of the build under test, started once a config.
+
+        Raises:
+            LlmperfError: If it cannot be started.
+        """
+        if self._server is not None and (
+            self._server.config is not config or not self._server.alive()
+        ):
+            self.close_server()
+        if self._server is None:
+            self._require_gpu(config)
+            self._server = start(self.new, config, self.model(config), self._serve_plan())
+        return self._server
+
+    def close_server(self) -> None:
+        """Stop the server that :meth:`server` started, if it runs."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    # -- what the rest of the run needs --------------------------------------------------
+
+    @property
+    def machine_key(self) -> str:
+        """Key of this machine's baselines."""
+        return str(machine(self.settings.machine)["key"])
+
+    def tolerance(self, metric: Metric, config: Config, own: float | None) -> float:
+        """Return a metric's tolerance: the test's over the suite file's over the ini's."""
+        for table in (config.tolerances, self.suite.tolerances, self.settings.tolerances):
+            if own is None:
+                own = table.get(metric.name)
+        return metric.tolerance if own is None else own
+
+    def campaign(self, config: Config) -> Campaign:
+        """Return the campaign of a config, made on first use.
+
+        Raises:
+            LlmperfError: If the config's model or a GPU it needs is not there.
+        """
+        if config.name not in self._campaigns:
+            self._require_gpu(config)
+            wanted = {c.workload.name for c in self.selected.get(config.name, ()) if c.workload}
+            self._campaigns[config.name] = Campaign(
+                config=config,
+                workloads=[w for w in self.suite.workloads.values() if w.name in wanted],
+                new=self.new,
+                base=self.base,
+                model=self.model(config),
+                serve=self._serve_plan(),
+                pairs=self.settings.pairs,
+                lock=self.settings.cache / "locks" / "measuring.lock",
+                rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
+                before=self.close_server,
+            )
+        return self._campaigns[config.name]
+
+    def model(self, config: Config) -> Path:
+        """Return the model file of a config.
+
+        Raises:
+            ModelError: If it is not there or not the one named.
+        """
+        model = self.suite.models[config.model]
+        if model.name not in self._models:
+            path = locate(model, self.settings.models, self.settings.cache)
+            if model.sha256:
+                check_sha256(model, path, self.settings.cache)
+            self._models[model.name] = path
+        return self._models[model.name]
+
+    def fingerprint(self, case: Case, launch: Launch) -> Fingerprint:
+        """Return what must be equal for another result to be comparable with this launch."""
+        options = server_options(self.new, case.config)
+        found: dict[str, str | int | float | bool] = {
+            **machine_fingerprint(self.settings.machine),
+            "protocol": PROTOCOL,
+            "model": sha256(self.model(case.config), self.settings.cache),
+            "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+        }
+        if case.workload is not None:
+            found["workload"] = case.workload.digest()
+            found["prompt"] = launch.digests.get(case.workload.name, "unknown")
+        return found
+
+    @property
+    def headline(self) -> list[str]:
+        """Lines that say what is compared with what, for the start of the run."""
+        lines = [f"build under test {self.new.describe()}"]
+        if self.base is not None:
+            lines.append(f"side by side with {self.base.describe()}")
+            if self.base.identity == self.new.identity:
+                lines.append("both are the same build: what differs is noise")
+        elif isinstance(self.comparison, Stored):
+            lines.append(f"baseline {self.comparison.label}, {self.comparison.path}")
+        elif isinstance(self.comparison, Absent):
+            lines.append(self.comparison.reason)
+        else:
+            lines.append(f"recording a baseline in {self.settings.baselines}")
+        lines += [build.note for build in (self.new, self.base) if build and build.note]
+        return [*lines, f"machine {self.machine_key}, logs in {self.folder}"]
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        self.close_server()
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _serve_plan(self) -> ServePlan:
+        return ServePlan(folder=self.folder, progress=self.progress)
+
+    def _require_gpu(self, config: Config) -> None:
+        if not config.gpu:
+            return
+        if not self._gpu_checked:
+            self._gpu_checked = True
+            self._gpu_error = self._look_for_gpu()
+        if self._gpu_error is not None:
+            raise self._gpu_error
+
+    def _look_for_gpu(self) -> LlmperfError | None:
+        for build in (self.new, self.base):
+            if build is None or build.url is not None or devices_of(build):
+                continue
+            if cards := gpus():
+                return BuildError(
+                    f"build {build.label} sees no GPU, though this machine has {cards[0].name}: it "
+                    "would run on the CPU (a CPU build, or its GPU runtime is missing); see what "
+                    f"`{build.command[0]} --list-devices` says"
+                )
+            return BuildError(
+                "this machine has no GPU that the build can use: run these tests on the GPU "
+                'runner, or leave them out with -m "not gpu"'
+            )
+        return None
+
+    def _keep(self, result: Result) -> Result:
+        self.results.append(result)
+        return result
+
+    def _side(self, build: Build, launches: Sequence[Launch]) -> Side:
+        return Side(
+            label=build.label,
+            about=build.describe(),
+            build={
+                "label": build.label,
+                "number": build.number,
+                "commit": build.commit,
+                "source": build.source,
+                "sha256": build.sha256,
+            },
+            command=launches[-1].command if launches else "",
+            logs=tuple(launch.log for launch in launches if launch.log),
+        )
+
+    def _result(
+        self, nodeid: str, case: Case, campaign: Campaign, verdicts: Sequence[Verdict]
+    ) -> Result:
+        blocks, alone = campaign.measured
+        pairs = [campaign.block(index) for index in range(blocks)]
+        launches = [campaign.launch(index) for index in range(alone)]
+        new = [pair.new for pair in pairs] + launches
+        base: Side | None = None
+        if self.base is not None:
+            base = self._side(self.base, [pair.base for pair in pairs])
+        elif isinstance(self.comparison, Stored):
+            block = self.comparison.baseline.build
+            about = f"{self.comparison.label} ({block.get('source')}, from {self.comparison.path})"
+            base = Side(label=self.comparison.label, about=about)
+        return Result(
+            nodeid=nodeid,
+            case=case.key,
+            new=self._side(self.new, new),
+            base=base,
+            machine=self.machine_key,
+            verdicts=tuple(verdicts),
+            fingerprint=self.fingerprint(case, new[0]) if new else {},
+            measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
+        )
+
+
+def _measured(
+    case: Case, launches: Sequence[Launch], metrics: Sequence[Metric]
+) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {}
+    for metric in metrics:
+        name = case.key.partition("/")[2] if metric.scope == "request" else LAUNCH
+        values = [launch.samples.get(name, {}).get(metric.name) for launch in launches]
+        if taken := [list(value) for value in values if value]:
+            found[metric.name] = taken
+    return found
+
+
+def begin(
+    settings: Settings,
+    suite: Suite,
+    selected: Sequence[Case],
+    progress: Progress,
+) -> Run:
+    """Resolve the builds and the baseline of a run.
+
+    Args:
+        settings: What it was told.
+        suite: The suite file.
+        selected: Cases of the selected tests.
+        progress: Says what goes on.
+
+    Raises:
+        UserError: If a build or baseline cannot be found or read.
+    """
+    new = resolve(
+        parse_spec(settings.build or default_spec(os.environ), suite.builds, settings.root),
+        settings.cache,
+        progress,
+    )
+    comparison, base = _comparison(settings, suite, new, progress)
+    by_config: dict[str, list[Case]] = {}
+    for case in selected:
+        by_config.setdefault(case.config.name, []).append(case)
+    return Run(
+        settings=settings,
+        suite=suite,
+        new=new,
+        base=base,
+        comparison=comparison,
+        folder=_run_folder(settings.root / ".llmperf"),
+        progress=progress,
+        seed=time.time_ns(),
+        selected=by_config,
+    )
+
+
+def _comparison(
+    settings: Settings, suite: Suite, new: Build, progress: Progress
+) -> tuple[Comparison, Build | None]:
+    if settings.update:
+        store.validate_label(new.label)
+        return Record(), None
+    key = str(machine(settings.machine)["key"])
+    record = f"`pytest --llmperf-build={settings.build or new.source} --update-baselines`"
+    name = settings.baseline
+    if name is None:
+        name = store.newest(settings.baselines, key)
+        if name is None:
+            return Absent(
+                f"nothing is recorded for this machine ({key}) in {settings.baselines}: record it "
+                f"with {record}, or measure a second build side by side with --baseline=SPEC"
+            ), None
+    if (path := store.find(settings.baselines, name, key)) is not None:
+        return Stored(store.load(path), name, str(path)), None
+    if is_spec(name, suite.builds, settings.root):
+        spec = parse_spec(name, suite.builds, settings.root)
+        return SideBySide(), resolve(spec, settings.cache, progress)
+    return Absent(
+        f"baseline {name} was not recorded on this machine ({key}): record it with `pytest "
+        f"--llmperf-build=<{name}> --update-baselines`, or name a build with --baseline=SPEC to "
+        "measure it side by side"
+    ), None
+
+
+def _run_folder(parent: Path) -> Path:
+    """Return a new run folder; the oldest ones go."""
+    parent.mkdir(parents=True, exist_ok=True)
+    (parent / ".gitignore").write_text("*\n", "utf-8")
+    runs = sorted(p for p in parent.glob("run-*") if p.is_dir())
+    for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
+    folder = parent / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    with suppress(OSError):
+        latest = parent / "latest"
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(folder.name)
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One baseline file that was written: where, and what changed in it."""
+
+    path: Path
+    changes: Sequence[store.Change]
+
+
+def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Written]:
+    """Write the results of one passed test to the baseline file of their build and machine.
+
+    Args:
+        settings: Where baselines are kept.
+        results: What the test measured, in any process of this run.
+
+    Raises:
+        BaselineError: If the file cannot be read or written.
+    """
+    facts = machine(settings.machine)
+    written = []
+    for result in results:
+        label = store.validate_label(result.new.label)
+        path = settings.baselines / label / f"{facts['key']}.json"
+        changes = store.update(
+            path,
+            build=result.new.build,
+            machine=facts,
+            recorded={
+                "at": time.strftime("%Y-%m-%d"),
+                "by": "measured",
+                "source": "pytest --update-baselines",
+            },
+            measured={
+                result.case: store.Measured(fingerprint=result.fingerprint, metrics=result.measured)
+            },
+        )
+        written.append(Written(path, changes))
+    return written
+
+
+def stale_entries(suite: Suite, written: Sequence[Written]) -> dict[Path, list[str]]:
+    """Return, by file, the entries that no case of the suite file makes any more."""
+    makes = {
+        f"{config}/{workload}"
+        for config in suite.configs
+        for workload in (LAUNCH, *suite.workloads)
+    }
+    found = {path: store.stale(store.load(path), makes) for path in {one.path for one in written}}
+    return {path: entries for path, entries in found.items() if entries}

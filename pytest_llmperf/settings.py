@@ -1,0 +1,169 @@
+"""Command line, ini file and environment, read once into one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_llmperf.errors import PlanError
+from pytest_llmperf.metrics import METRICS
+
+DEFAULT_SUITE = "suites/llmperf.toml"
+DEFAULT_BASELINES = "baselines"
+DEFAULT_BUDGET = 300.0
+DEFAULT_LAUNCHES = 3
+DEFAULT_PAIRS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a run was told from outside.
+
+    Attributes:
+        baseline: What to compare with, or None for the newest baseline of this machine.
+        update: Whether to record instead of compare.
+        build: Spec of the build under test, or None for the default order.
+        suite: The suite file.
+        models: Folders in which GGUF files are looked up.
+        strict: Whether INCONCLUSIVE fails.
+        report: Folder for ``results.json`` and ``index.html``, or None.
+        budget: Most seconds one test may spend on measuring again.
+        machine: The machine's key, or None to make one from its hardware.
+        baselines: Folder of the committed baselines.
+        cache: Cache folder: builds, models, hashes.
+        root: pytest's root folder.
+        tolerances: Metric name to relative tolerance, from the ini file.
+        launches: Fresh starts measured for a recorded baseline and against one.
+        pairs: Pairs of requests in a side-by-side block.
+    """
+
+    baseline: str | None
+    update: bool
+    build: str | None
+    suite: Path
+    models: tuple[Path, ...]
+    strict: bool
+    report: Path | None
+    budget: float
+    machine: str | None
+    baselines: Path
+    cache: Path
+    root: Path
+    tolerances: Mapping[str, float]
+    launches: int
+    pairs: int
+
+
+def read_settings(
+    *,
+    option: Callable[[str], object],
+    ini: Callable[[str], object],
+    environment: Mapping[str, str],
+    root: Path,
+    invoked_from: Path,
+    cache: Path,
+) -> Settings:
+    """Merge the three sources: the command line wins over the ini file over the environment.
+
+    Paths from the command line are relative to where pytest was called, those from the ini file
+    to the root folder.
+
+    Args:
+        option: Returns a command-line option by its destination.
+        ini: Returns an ini value by name.
+        environment: Environment variables.
+        root: pytest's root folder.
+        invoked_from: Folder pytest was called in.
+        cache: Default cache folder; ``LLMPERF_CACHE`` wins.
+
+    Raises:
+        PlanError: If a value is not what its option takes.
+    """
+
+    def text(name: str) -> str | None:
+        value = option(f"llmperf_{name}") or ini(f"llmperf_{name}")
+        return str(value) if value else None
+
+    def path(name: str, default: str) -> Path:
+        if given := option(f"llmperf_{name}"):
+            return invoked_from / Path(str(given)).expanduser()
+        return root / Path(str(ini(f"llmperf_{name}") or default)).expanduser()
+
+    baseline = text("baseline")
+    update = bool(option("llmperf_update"))
+    if update and option("llmperf_baseline"):
+        raise PlanError(
+            "--update-baselines records and --baseline compares: run them one after the other"
+        )
+    report = option("llmperf_report")
+    given_models = _strings(option("llmperf_models"))
+    from_ini = [root / Path(folder).expanduser() for folder in _strings(ini("llmperf_models"))]
+    from_env = [
+        Path(folder).expanduser()
+        for folder in environment.get("LLMPERF_MODELS", "").split(":")
+        if folder
+    ]
+    cache_folder = environment.get("LLMPERF_CACHE")
+    return Settings(
+        baseline=baseline,
+        update=update,
+        build=text("build"),
+        suite=path("suite", DEFAULT_SUITE),
+        models=(
+            *(invoked_from / Path(folder).expanduser() for folder in given_models),
+            *from_ini,
+            *from_env,
+        ),
+        strict=bool(option("llmperf_strict")),
+        report=invoked_from / Path(str(report)).expanduser() if report else None,
+        budget=_number(
+            option("llmperf_budget"), ini("llmperf_budget"), DEFAULT_BUDGET, "budget", 0.0
+        ),
+        machine=str(ini("llmperf_machine") or "") or environment.get("LLMPERF_MACHINE") or None,
+        baselines=root / Path(str(ini("llmperf_baselines") or DEFAULT_BASELINES)).expanduser(),
+        cache=Path(cache_folder).expanduser().absolute() if cache_folder else cache,
+        root=root,
+        tolerances=_tolerances(_strings(ini("llmperf_tolerances"))),
+        launches=int(_number(None, ini("llmperf_launches"), DEFAULT_LAUNCHES, "launches", 1.0)),
+        pairs=int(_number(None, ini("llmperf_pairs"), DEFAULT_PAIRS, "pairs", 1.0)),
+    )
+
+
+def _strings(value: object) -> Sequence[str]:
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    return [str(value)] if value else []
+
+
+def _number(given: object, from_ini: object, default: float, name: str, least: float) -> float:
+    raw = given if given is not None else from_ini
+    if raw is None or raw == "":
+        return default
+    place = f"--llmperf-{name}" if given is not None else f"ini llmperf_{name}"
+    try:
+        value = float(str(raw))
+    except ValueError:
+        raise PlanError(f"{place}: {raw!r} is no number") from None
+    if not least <= value < float("inf"):
+        raise PlanError(f"{place}: {raw} must be at least {least:g}")
+    return value
+
+
+def _tolerances(lines: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for line in lines:
+        name, _, value = (part.strip() for part in line.partition("="))
+        if name not in METRICS:
+            raise PlanError(
+                f"ini llmperf_tolerances: no metric `{name}`: there are {', '.join(METRICS)}"
+            )
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise PlanError(
+                f"ini llmperf_tolerances: `{line}`: write {name} = 0.05 for 5 %"
+            ) from None
+        if not 0 <= found[name] < 1:
+            raise PlanError(f"ini llmperf_tolerances: `{line}`: a fraction from 0 to below 1")
+    return found

@@ -1,0 +1,28 @@
+"""Speed of the server as a client sees it. Read it, copy it, add configs of your own.
+
+Each test runs once per config and workload; both are described in ``llmperf.toml``.
+"""
+
+import pytest
+
+# Runs anywhere: a model the project makes itself, on the CPU.
+ANYWHERE = ["cpu", "cpu-kv-q8"]
+
+# The seed reports' machine, an RTX 5080 with 16 GB. These configs carry the mark `gpu`; the
+# figures the reports publish for them are in baselines/b8149.
+RTX_5080 = ["c4r", "c5", "c7", "fit-default", "fit-256", "fit-nobatch"]
+QUANTS = ["mxfp4-fit-nobatch", "q4kl-fit-nobatch", "dense27b-fit"]
+
+WORKLOADS = ["short", "medium", "long", "multi_turn"]
+
+
+@pytest.mark.llmperf(configs=[*ANYWHERE, *RTX_5080, *QUANTS], workloads=WORKLOADS)
+def test_decode(speed):
+    """Decode speed and latency between tokens stay within tolerance of the baseline."""
+    speed.gate("decode_tps", "itl_ms")
+
+
+@pytest.mark.llmperf(configs=[*ANYWHERE, *RTX_5080], workloads=["long"])
+def test_prefill(speed):
+    """Prompt processing and the time to the first token stay within tolerance."""
+    speed.gate("prefill_tps", "ttft_ms")

@@ -1,0 +1,107 @@
+"""Models and shapes as the suite file names them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pytest_llmperf.errors import PlanError
+from pytest_llmperf.plan.model import QUANTS, Model, SynthSpec
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": 0}, "`layers` must be a whole number of at least 1, not 0"),
+        ({"layers": True}, "`layers` must be a whole number of at least 1, not True"),
+        ({"context": 1.5}, "`context` must be a whole number"),
+        ({"seed": -1}, "`seed` must be a whole number of at least 0"),
+        ({"vocab": 300}, "`vocab` must be a whole number of at least 512, not 300"),
+        ({"quant": "Q4_K"}, "`quant` must be one of F32, F16, BF16, Q8_0, .* not 'Q4_K'"),
+        ({"quant": "Q4_K"}, "made from an F16 one with llama-quantize"),
+        ({"embedding": 320}, r"`embedding` \(320\).*`heads` 4 use 256 or 384"),
+        ({"embedding": 64}, r"`embedding` \(64\).*`heads` 4 use 128"),
+        ({"kv_heads": 3}, r"`kv-heads` \(3\) must divide `heads` \(4\): use one of 1, 2, 4"),
+        ({"kv_heads": 8}, r"`kv-heads` \(8\) must divide `heads` \(4\)"),
+        ({"feed_forward": 770}, r"`feed-forward` \(770\).*use 768 or 800"),
+    ],
+)
+def test_a_shape_that_does_not_fit_names_field_and_mend(
+    fields: dict[str, int], message: str
+) -> None:
+    """A value out of range or at odds with the others is refused, with what would do."""
+    with pytest.raises(PlanError, match=message):
+        SynthSpec(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_quant_is_accepted(quant: str) -> None:
+    """The default shape fits every quant on offer."""
+    assert SynthSpec(quant=quant).quant == quant
+
+
+def test_head_size_is_the_embedding_shared_by_the_heads() -> None:
+    """Embedding 512 and 8 heads are 64 values a head."""
+    assert SynthSpec(embedding=512, heads=8, kv_heads=4).head_size == 64
+
+
+def test_equal_shapes_have_the_same_digest() -> None:
+    """The digest depends on the values alone."""
+    assert SynthSpec(layers=2).digest() == SynthSpec(layers=2).digest()
+
+
+def test_each_field_changes_the_digest() -> None:
+    """No two shapes share a file."""
+    changed = {
+        "layers": 5,
+        "embedding": 384,
+        "heads": 2,
+        "kv_heads": 1,
+        "feed_forward": 800,
+        "vocab": 2049,
+        "context": 4096,
+        "quant": "Q4_0",
+        "seed": 2,
+    }
+    assert set(changed) == {field.name for field in dataclasses.fields(SynthSpec)}
+    plain = SynthSpec()
+    digests = {dataclasses.replace(plain, **{k: v}).digest() for k, v in changed.items()}  # type: ignore[arg-type]
+    assert len(digests | {plain.digest()}) == len(changed) + 1
+
+
+def test_a_digest_is_fit_for_a_file_name() -> None:
+    """It is twelve hexadecimal digits."""
+    digest = SynthSpec().digest()
+    assert len(digest) == 12
+    assert set(digest) <= set("0123456789abcdef")
+
+
+def test_a_model_needs_a_file_or_a_shape() -> None:
+    """Neither is refused, with the model's name."""
+    with pytest.raises(PlanError, match="model `tiny` needs one of `file` and `synth`, has neith"):
+        Model("tiny")
+
+
+def test_a_model_has_not_both_file_and_shape() -> None:
+    """Both are refused, with the model's name."""
+    with pytest.raises(PlanError, match="model `tiny` needs one of .* has both"):
+        Model("tiny", file="tiny.gguf", synth=SynthSpec())
+
+
+def test_an_empty_file_name_is_refused() -> None:
+    """A name of blanks would match any folder."""
+    with pytest.raises(PlanError, match="`file` of model `tiny` is empty"):
+        Model("tiny", file=" ")
+
+
+@pytest.mark.parametrize("sha256", ["", "abc", "g" * 64, "a" * 63, "a" * 64 + "\n"])
+def test_what_is_no_hash_is_refused(sha256: str) -> None:
+    """A hash is 64 hexadecimal digits and nothing else."""
+    with pytest.raises(PlanError, match="`sha256` of model `tiny` must be 64 hexadecimal digits"):
+        Model("tiny", file="tiny.gguf", sha256=sha256)
+
+
+def test_a_hash_is_kept_in_lower_case() -> None:
+    """Tools that print upper case do not cause a mismatch."""
+    assert Model("tiny", file="tiny.gguf", sha256="AB" * 32).sha256 == "ab" * 32
