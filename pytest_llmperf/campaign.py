@@ -20,6 +20,7 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import LlmperfError, RunError
 from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measure.launch import Launch, Session
+from pytest_llmperf.models.locate import parts
 from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Config, Workload
 from pytest_llmperf.serve.launch import ServePlan, start
@@ -251,7 +252,7 @@ class Campaign:
         """
         if self.new.url is not None or (self.base is not None and self.base.url is not None):
             return True
-        weights = sum(part.stat().st_size for part in _parts(self.model)) / _MIB
+        weights = sum(part.stat().st_size for part in parts(self.model)) / _MIB
         need = weights * _OVERHEAD * 2 + _SPARE_MIB
         if psutil.virtual_memory().available / _MIB < need:
             return False
@@ -259,9 +260,3 @@ class Campaign:
             return True
         free = free_mib()
         return bool(free) and min(free.values()) > 2 * need
-
-
-def _parts(model: Path) -> list[Path]:
-    """Return all files of a model, of which one may be the first part of a split."""
-    stem, split, _ = model.name.partition("-00001-of-")
-    return sorted(model.parent.glob(f"{stem}-*-of-*.gguf")) if split else [model]

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pytest_llmperf.session import Run
 
 
+RUN = pytest.StashKey["Run"]()
+"""Where the plugin keeps the run on the config."""
+
+
 class Gate:
     """Judges metrics of one case and fails the test where they regress.
 
@@ -78,9 +82,7 @@ def llmperf_case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def _llmperf_run(request: pytest.FixtureRequest) -> Run:
-    from pytest_llmperf.plugin import STATE  # noqa: PLC0415 - the plugin loads this module
-
-    run = request.config.stash[STATE].run
+    run = request.config.stash.get(RUN, None)
     if run is None:
         pytest.fail("pytest-llmperf was not ready: collection did not finish", pytrace=False)
     return run

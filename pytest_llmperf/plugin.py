@@ -209,7 +209,9 @@ def _marks(case: Case) -> list[pytest.MarkDecorator]:
 
 def _case_of(item: pytest.Item) -> Case | None:
     callspec = getattr(item, "callspec", None)
-    return callspec.params.get(_CASE) if callspec is not None else None
+    case = callspec.params.get(_CASE) if callspec is not None else None
+    # Without cases pytest makes one skipped item with a placeholder for the parameter.
+    return case if hasattr(case, "config") else None
 
 
 @pytest.hookimpl(trylast=True)
@@ -238,9 +240,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     state = config.stash[STATE]
     selected = [case for item in session.items if (case := _case_of(item)) is not None]
-    if not selected or session.testsfailed:
+    # pytest calls this hook even where the one before it failed.
+    if not selected or session.testsfailed or state.error is not None:
         return
     from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+    from pytest_llmperf.fixtures import RUN  # noqa: PLC0415 - pytest rewrites that module first
     from pytest_llmperf.report.progress import Progress  # noqa: PLC0415 - only when used
     from pytest_llmperf.session import (  # noqa: PLC0415 - only when used
         begin,
@@ -252,7 +256,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if config.option.collectonly:
             return
         progress = Progress(config)
-        state.run = begin(state.settings, state.suite, selected, progress)
+        state.run = config.stash[RUN] = begin(state.settings, state.suite, selected, progress)
         progress.announce(state.run)
     except UserError as error:
         _raise_user_error(error)

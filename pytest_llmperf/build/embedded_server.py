@@ -23,11 +23,14 @@ it does with ``llama-server``: the wheel holds the interpreter lock until it is 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
+import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -542,7 +545,7 @@ def _put_priority(to: str) -> Put:
 _COMMON = """
 -m --model                   model.path                  file    the model, a GGUF file
 -mm --mmproj                 mmproj.path                 file    the multimodal projector
---no-mmproj --no-mmproj-auto  no_mmproj               yes     use no multimodal projector
+--no-mmproj --no-mmproj-auto  no_mmproj                  yes     use no multimodal projector
 --mmproj-offload             mmproj_use_gpu              yes     put the projector on the GPU
 --no-mmproj-offload          mmproj_use_gpu              no      keep the projector on the CPU
 --lora-init-without-apply    lora_init_without_apply     yes     load adapters, apply none
@@ -715,8 +718,8 @@ layers  as -ngl, draft model
 -ctkd --spec-draft-type-k --cache-type-k-draft  speculative.draft.cache_type_k  cache  as -ctk
 -ctvd --spec-draft-type-v --cache-type-v-draft  speculative.draft.cache_type_v  cache  as -ctv
 -td --spec-draft-threads --threads-draft  speculative.draft.cpuparams.n_threads  int  as -t
--tbd --spec-draft-threads-batch --threads-batch-draft  speculative.draft.cpuparams_batch.n_threads  \
-int  as -tb, draft model
+-tbd --spec-draft-threads-batch --threads-batch-draft  \
+speculative.draft.cpuparams_batch.n_threads  int  as -tb, draft model
 --spec-synth-len             speculative.synth_len       real    mean of a made-up acceptance
 --spec-synth-rates           speculative.synth_rates     reals   made-up acceptance by position
 --spec-ngram-mod-n-min       speculative.ngram_mod.n_min  int    least tokens of a draft
@@ -731,7 +734,7 @@ int  as -tb, draft model
 --spec-ngram-map-k4v-size-n  speculative.ngram_map_k4v.size_n  int  tokens that are looked up
 --spec-ngram-map-k4v-size-m  speculative.ngram_map_k4v.size_m  int  tokens that are drafted
 --spec-ngram-map-k4v-min-hits  speculative.ngram_map_k4v.min_hits  int  least hits of a draft
--lcs --lookup-cache-static   speculative.ngram_cache.lookup_cache_static  file  the cache read
+-lcs --lookup-cache-static   speculative.ngram_cache.lookup_cache_static  file  cache read
 -lcd --lookup-cache-dynamic  speculative.ngram_cache.lookup_cache_dynamic  file  and written
 """
 
@@ -1153,7 +1156,9 @@ def serve(wheel: Wheel) -> int:
 
     The wheel holds the interpreter lock while it loads, so no handler of ours could run then:
     both signals keep their default action and end the process. Once the server is up a handler
-    wakes this thread, whichever of the server's threads the signal arrives in.
+    wakes this thread, whichever of the server's threads the signal arrives in. Older wheels
+    handle signals themselves once they are loaded; if one comes before our handler replaces
+    theirs, the server stops, and this function returns because nothing listens any more.
 
     The server is never destroyed, the process just ends: its destructor waits for the answers
     under way, and for ever if it runs before the server's own loop does.
@@ -1173,9 +1178,40 @@ def serve(wheel: Wheel) -> int:
         signal.signal(number, lambda _number, _frame: None)
     # The library says so too, but not at every verbosity.
     _say(f"main: server is listening on {server.listening_address}\n")
-    received = os.read(woken, 1)[0]
-    _say(f"main: {signal.Signals(received).name} received, exiting\n")
+    if received := _wait(woken):
+        _say(f"main: {signal.Signals(received).name} received, exiting\n")
+    else:
+        _say("main: the server has stopped, exiting\n")
     return 0
+
+
+def _wait(woken: int) -> int:
+    """Return the number of the signal that arrives, or 0 if the server stops without us."""
+    with contextlib.ExitStack() as stack:
+        listening = [stack.enter_context(copy) for copy in _listening_sockets()]
+        if not listening:
+            return 0
+        events = select.poll()
+        events.register(woken, select.POLLIN)
+        for copy in listening:
+            # No event but that it was shut down, so that requests do not wake this thread.
+            events.register(copy, 0)
+        ready = {descriptor for descriptor, _ in events.poll()}
+    return os.read(woken, 1)[0] if woken in ready else 0
+
+
+def _listening_sockets() -> list[socket.socket]:
+    """Return copies of this process's sockets that accept connections."""
+    found = []
+    for path in list(Path("/proc/self/fd").iterdir()):
+        # Most are no sockets, and the one that reads the folder is gone by now.
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            copy = socket.fromfd(int(path.name), socket.AF_INET, socket.SOCK_STREAM)
+            stack.callback(copy.close)
+            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.append(copy)
+                stack.pop_all()
+    return found
 
 
 def _say(text: str) -> None:

@@ -108,10 +108,10 @@ def _upper_quantile(p: float, df: float) -> float:
     In the tail log sf is nearly a straight line in log t, whatever ``df``.
     """
     target = math.log(p)
-    low, high = 0.0, 1.0
-    while student_t_sf(high, df) > p:
-        low, high = high, high * 4
-    t = max(-_NORMAL.inv_cdf(p), low) if low < -_NORMAL.inv_cdf(p) < high else (low + high) / 2
+    low, high = 0.0, math.inf
+    z = -_NORMAL.inv_cdf(p)
+    # Two terms of the Cornish-Fisher expansion: near enough unless df is small.
+    t = z + (z**3 + z) / (4 * df)
     for _ in range(200):
         tail = student_t_sf(t, df)
         if tail > p:
@@ -119,10 +119,11 @@ def _upper_quantile(p: float, df: float) -> float:
         else:
             high = t
         step = (math.log(tail) - target) * tail / (t * student_t_pdf(t, df))
-        following = t * math.exp(max(-50.0, min(50.0, step)))
-        if not low < following < high:
+        following = t * math.exp(max(-3.0, min(3.0, step)))
+        if not low <= following <= high:
             following = (low + high) / 2
-        if abs(following - t) <= 4e-16 * t:
+        # Newton's method squares the error: after a step this small nothing is left of it.
+        if abs(following - t) <= 1e-9 * t:
             return following
         t = following
     return t

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 from pytest_llmperf.measure.gpu import gpus
 
 _GIB = 1024
@@ -29,14 +27,12 @@ def machine(key: str | None = None) -> Mapping[str, object]:
         "key": key or _key(),
         "gpu": [{"name": card.name, "memory_mib": card.total_mib} for card in cards],
         "driver": cards[0].driver if cards else None,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "cpu": f"{_cpu()}, {os.cpu_count()} cores",
         "os": f"{platform.system()} {platform.machine()}",
     }
 
 
-def machine_fingerprint(key: str | None = None) -> dict[str, str | int]:
+def machine_fingerprint(key: str | None = None) -> dict[str, str]:
     """Return what must be equal for two results of one machine to be comparable."""
     facts = machine(key)
     cards = ", ".join(f"{card.name} {card.total_mib} MiB" for card in gpus())
@@ -45,7 +41,6 @@ def machine_fingerprint(key: str | None = None) -> dict[str, str | int]:
         "gpu": cards or "none",
         "driver": str(facts["driver"] or "none"),
         "cpu": str(facts["cpu"]),
-        "cores": int(str(facts["cores"])),
     }
 
 

@@ -69,12 +69,13 @@ def summarize(
         f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome if outcome in outcomes
     )
     reporter.write_line(f"verdicts: {counts}")
-    for _, verdict in lines:
-        if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
-            reporter.write_line(
-                f"warning: {verdict.metric} was not shown to be within tolerance: {verdict.reason}",
-                yellow=True,
-            )
+    for result in results:
+        for verdict in result.verdicts:
+            if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
+                reporter.write_line(
+                    f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}",
+                    yellow=True,
+                )
     for one in written:
         for change in one.changes:
             unit = METRICS[change.metric].unit

@@ -62,7 +62,15 @@ def test_weights_are_pinned() -> None:
     """No release of numpy may change them unseen: it would change every model's hash."""
     values = synth._uniform(1, "blk.0.attn_q.weight", (3, 5), 0.5)
     found = hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()
-    assert found == "WEIGHTS"
+    assert found == "dc2f74c720a39396b327c67dde7dbfa024281599ac61a548316daf119acb4b15"
+
+
+def test_weights_have_the_spread_asked_for() -> None:
+    """Uniform about zero, with the standard deviation that the scaling counts on."""
+    values = synth._uniform(7, "any", (200, 200), 0.25)
+    assert values.mean() == pytest.approx(0, abs=0.01)
+    assert values.std() == pytest.approx(0.25, rel=0.02)
+    assert np.abs(values).max() <= 0.25 * np.sqrt(3)
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
@@ -126,9 +134,7 @@ def test_a_file_that_is_there_is_returned_at_once(tmp_path: Path) -> None:
     assert path.read_bytes() == b"made before"
 
 
-def test_two_that_ask_at_once_get_one_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_that_ask_at_once_get_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first and does not make it again."""
     made: list[Path] = []
     write = synth._write

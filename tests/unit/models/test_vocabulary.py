@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -24,7 +25,7 @@ def encode(line: str, size: int) -> list[str]:
     while True:
         joins = [
             (-scores[left + right], index)
-            for index, (left, right) in enumerate(zip(parts, parts[1:], strict=False))
+            for index, (left, right) in enumerate(pairwise(parts))
             if left + right in scores
         ]
         if not joins:

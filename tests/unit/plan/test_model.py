@@ -85,7 +85,7 @@ def test_a_model_needs_a_file_or_a_shape() -> None:
 
 def test_a_model_has_not_both_file_and_shape() -> None:
     """Both are refused, with the model's name."""
-    with pytest.raises(PlanError, match="model `tiny` needs one of .* has both"):
+    with pytest.raises(PlanError, match=r"model `tiny` needs one of .* has both"):
         Model("tiny", file="tiny.gguf", synth=SynthSpec())
 
 

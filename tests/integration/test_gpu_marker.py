@@ -1,0 +1,35 @@
+"""Configs that need a GPU carry the mark ``gpu``."""
+
+from __future__ import annotations
+
+import pytest
+from support.project import Project
+
+from pytest_llmperf.measure.gpu import gpus
+
+MODULE = """
+import pytest
+
+@pytest.mark.llmperf(configs=["one", "card"])
+def test_context(memory):
+    memory.gate("n_ctx")
+"""
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_fails_without_a_gpu(project: Project) -> None:
+    """``-m gpu`` on a machine without a GPU fails; it does not skip."""
+    project.write("test_suite.py", MODULE)
+    done = project.run("-m", "gpu", "--update-baselines")
+    assert done.code == 1
+    assert done.verdicts() == {"card/launch n_ctx": "ERROR"}
+    assert "no GPU that the build can use" in done.text
+    assert project.baseline_files() == []
+
+
+def test_can_be_left_out(project: Project) -> None:
+    """``-m "not gpu"`` runs the rest."""
+    project.write("test_suite.py", MODULE)
+    done = project.run("-m", "not gpu", "--update-baselines")
+    assert done.code == 0, done.text
+    assert done.verdicts() == {"one/launch n_ctx": "RECORDED"}

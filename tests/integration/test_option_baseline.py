@@ -1,0 +1,113 @@
+"""``--baseline`` names what to compare with."""
+
+from __future__ import annotations
+
+import json
+
+from support.project import Project
+
+
+def test_build_is_measured_side_by_side(project: Project) -> None:
+    """A build that is not recorded is started and measured in the same run."""
+    done = project.run("--baseline=pypi:xllamacpp==0.2.12", "-k", "buffers")
+    assert done.code == 0, done.text
+    [result] = done.results
+    assert result["base"]["build"]["number"] == 8156
+    assert result["new"]["build"]["number"] == 11549
+    assert done.verdicts() == {"one/launch kv_mib": "PASS", "one/launch n_ctx": "PASS"}
+
+
+def test_regression_of_an_exact_metric_fails(project: Project) -> None:
+    """A context that shrank is a REGRESSION, and the text says what a person needs."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=["one"])
+        def test_context(memory):
+            memory.gate("n_ctx")
+        """,
+    )
+    done = project.run("--llmperf-build=other", "--baseline=embedded")
+    assert done.code == 1
+    assert done.verdicts() == {"one/launch n_ctx": "REGRESSION"}
+    for needed in (
+        "512 tokens -> 256 tokens",
+        "--ctx-size",
+        "log ",
+        "machine",
+        "test-machine",
+        "Next:",
+    ):
+        assert needed in done.text
+
+
+def test_recorded_set_is_found_by_its_name(project: Project) -> None:
+    """The label of a recorded set works as NAME."""
+    project.run("--update-baselines", "-k", "buffers")
+    done = project.run("--baseline=b11549", "-k", "buffers")
+    assert done.code == 0, done.text
+    assert "baselines/b11549/test-machine.json" in done.text
+
+
+def test_unknown_name_is_a_usage_error_that_lists_what_exists(project: Project) -> None:
+    """Neither recorded nor a build: exit 4, one line, no traceback."""
+    project.run("--update-baselines", "-k", "buffers")
+    done = project.run("--baseline=b11545")
+    assert done.code == 4
+    assert "recorded: b11549" in done.text
+    assert "[builds]: other" in done.text
+    assert "Traceback" not in done.text
+
+
+def test_nothing_recorded_fails_and_names_the_command(project: Project) -> None:
+    """Without a baseline of any kind a gate never passes."""
+    done = project.run("-k", "buffers")
+    assert done.code == 1
+    assert set(done.verdicts().values()) == {"MISSING"}
+    assert "--update-baselines" in done.text
+
+
+def test_set_of_another_machine_fails_and_names_the_command(project: Project) -> None:
+    """A set recorded elsewhere is no baseline here."""
+    project.run("--update-baselines", "-k", "buffers")
+    [path] = project.baseline_files()
+    path.rename(path.with_name("another-machine.json"))
+    done = project.run("--baseline=b11549", "-k", "buffers")
+    assert done.code == 1
+    assert set(done.verdicts().values()) == {"MISSING"}
+    assert "was not recorded on this machine (test-machine)" in done.text
+
+
+def test_metric_that_is_not_recorded_fails(project: Project) -> None:
+    """A file without the case is as good as none, for this case."""
+    project.run("--update-baselines", "-k", "buffers")
+    done = project.run("-k", "decode")
+    assert done.code == 1
+    assert done.verdicts() == {"one/w decode_tps": "MISSING"}
+
+
+def test_other_conditions_are_incomparable(project: Project) -> None:
+    """A changed config is not compared with the old one's figures."""
+    project.run("--update-baselines", "-k", "buffers")
+    suite = project.path / "suites" / "llmperf.toml"
+    suite.write_text(suite.read_text("utf-8").replace("ctx-size = 512", "ctx-size = 1024"), "utf-8")
+    done = project.run("-k", "buffers")
+    assert done.code == 1
+    assert set(done.verdicts().values()) == {"INCOMPARABLE"}
+    assert "ctx-size=512" in done.text
+    assert "ctx-size=1024" in done.text
+
+
+def test_broken_file_is_a_usage_error(project: Project) -> None:
+    """A file that is not a baseline is named, not guessed at."""
+    project.run("--update-baselines", "-k", "buffers")
+    [path] = project.baseline_files()
+    data = json.loads(path.read_text("utf-8"))
+    data["schema"] = 99
+    path.write_text(json.dumps(data), "utf-8")
+    done = project.run("-k", "buffers")
+    assert done.code == 4
+    assert "test-machine.json" in done.text
+    assert "schema" in done.text

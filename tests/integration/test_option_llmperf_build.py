@@ -1,0 +1,77 @@
+"""``--llmperf-build`` names the build under test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support.project import Project
+
+REAL_SERVER = os.environ.get("LLMPERF_TEST_SERVER") or shutil.which("llama-server")
+
+
+def test_embedded(project: Project) -> None:
+    """The installed wheel's server is a build like any other."""
+    done = project.run("--llmperf-build=embedded", "--update-baselines", "-k", "buffers")
+    assert done.code == 0, done.text
+    assert done.results[0]["new"]["build"]["label"] == "b11549"
+
+
+def test_name_from_builds_adds_its_options(project: Project) -> None:
+    """A ``[builds]`` entry brings options of its own."""
+    done = project.run("--llmperf-build=other", "--update-baselines", "-k", "buffers")
+    assert done.code == 0, done.text
+    assert done.results[0]["measured"]["n_ctx"][0] == [256.0]
+
+
+def test_pypi_is_installed_once(project: Project) -> None:
+    """A wheel is installed into the cache, and found there the next time."""
+    spec = "--llmperf-build=pypi:xllamacpp==0.2.12"
+    first = project.run(spec, "--update-baselines", "-k", "buffers")
+    assert first.code == 0, first.text
+    second = project.run(spec, "--update-baselines", "-k", "buffers")
+    assert "installing" not in second.text
+    assert second.results[0]["new"]["build"] == first.results[0]["new"]["build"]
+
+
+def test_environment_variable_is_the_default(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``LLMPERF_BUILD`` is used where neither option nor ini names a build."""
+    ini = project.path / "tox.ini"
+    ini.write_text(ini.read_text("utf-8").replace("llmperf_build = embedded", ""), "utf-8")
+    monkeypatch.setenv("LLMPERF_BUILD", "other")
+    done = project.run("--update-baselines", "-k", "buffers")
+    assert done.results[0]["measured"]["n_ctx"][0] == [256.0], done.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("b9999", "no build `b9999`"),
+        ("./nowhere", "no such file"),
+        ("pypi:xllamacpp", "with an exact version"),
+        ("pypi:requests==2.0", "no llama.cpp server known here"),
+        ("docker:image", "not supported yet"),
+        ("http://127.0.0.1:9", "no llama-server answers"),
+    ],
+)
+def test_what_is_no_build_is_a_usage_error(project: Project, spec: str, said: str) -> None:
+    """Exit 4 and one line that says what would be right."""
+    done = project.run(f"--llmperf-build={spec}")
+    assert done.code == 4, done.text
+    assert said in done.text
+    assert "Traceback" not in done.text
+
+
+@pytest.mark.tools
+@pytest.mark.skipif(REAL_SERVER is None, reason="no llama-server: set LLMPERF_TEST_SERVER")
+def test_path_to_a_real_llama_server(project: Project) -> None:
+    """A binary on disk is measured, by its path or by its folder."""
+    program = Path(str(REAL_SERVER))
+    for spec in (program, program.parent):
+        done = project.run(f"--llmperf-build={spec}", "--baseline=embedded", "-k", "buffers")
+        assert set(done.verdicts().values()) <= {"PASS", "IMPROVED"}, done.text
+        assert done.results[0]["new"]["build"]["sha256"]
