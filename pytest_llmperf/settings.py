@@ -87,8 +87,8 @@ def read_settings(
 
     def path(name: str, default: str) -> Path:
         if given := option(f"llmperf_{name}"):
-            return invoked_from / Path(str(given)).expanduser()
-        return root / Path(str(ini(f"llmperf_{name}") or default)).expanduser()
+            return invoked_from / _path(given)
+        return root / _path(ini(f"llmperf_{name}") or default)
 
     baseline = text("baseline")
     update = bool(option("llmperf_update"))
@@ -98,11 +98,9 @@ def read_settings(
         )
     report = option("llmperf_report")
     given_models = _strings(option("llmperf_models"))
-    from_ini = [root / Path(folder).expanduser() for folder in _strings(ini("llmperf_models"))]
+    from_ini = [root / _path(folder) for folder in _strings(ini("llmperf_models"))]
     from_env = [
-        Path(folder).expanduser()
-        for folder in environment.get("LLMPERF_MODELS", "").split(":")
-        if folder
+        _path(folder) for folder in environment.get("LLMPERF_MODELS", "").split(":") if folder
     ]
     cache_folder = environment.get("LLMPERF_CACHE")
     return Settings(
@@ -111,23 +109,30 @@ def read_settings(
         build=text("build"),
         suite=path("suite", DEFAULT_SUITE),
         models=(
-            *(invoked_from / Path(folder).expanduser() for folder in given_models),
+            *(invoked_from / _path(folder) for folder in given_models),
             *from_ini,
             *from_env,
         ),
         strict=bool(option("llmperf_strict")),
-        report=invoked_from / Path(str(report)).expanduser() if report else None,
+        report=invoked_from / _path(report) if report else None,
         budget=_number(
             option("llmperf_budget"), ini("llmperf_budget"), DEFAULT_BUDGET, "budget", 0.0
         ),
         machine=str(ini("llmperf_machine") or "") or environment.get("LLMPERF_MACHINE") or None,
-        baselines=root / Path(str(ini("llmperf_baselines") or DEFAULT_BASELINES)).expanduser(),
-        cache=Path(cache_folder).expanduser().absolute() if cache_folder else cache,
+        baselines=root / _path(ini("llmperf_baselines") or DEFAULT_BASELINES),
+        cache=_path(cache_folder).absolute() if cache_folder else cache,
         root=root,
         tolerances=_tolerances(_strings(ini("llmperf_tolerances"))),
-        launches=int(_number(None, ini("llmperf_launches"), DEFAULT_LAUNCHES, "launches", 1.0)),
-        pairs=int(_number(None, ini("llmperf_pairs"), DEFAULT_PAIRS, "pairs", 1.0)),
+        launches=_count(ini("llmperf_launches"), DEFAULT_LAUNCHES, "launches"),
+        pairs=_count(ini("llmperf_pairs"), DEFAULT_PAIRS, "pairs"),
     )
+
+
+def _path(value: object) -> Path:
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError as error:
+        raise PlanError(f"`{value}`: there is no such user: write the path in full") from error
 
 
 def _strings(value: object) -> Sequence[str]:
@@ -139,15 +144,22 @@ def _strings(value: object) -> Sequence[str]:
 def _number(given: object, from_ini: object, default: float, name: str, least: float) -> float:
     raw = given if given is not None else from_ini
     if raw is None or raw == "":
-        return default
+        return float(default)
     place = f"--llmperf-{name}" if given is not None else f"ini llmperf_{name}"
     try:
         value = float(str(raw))
     except ValueError:
         raise PlanError(f"{place}: {raw!r} is no number") from None
     if not least <= value < float("inf"):
-        raise PlanError(f"{place}: {raw} must be at least {least:g}")
+        raise PlanError(f"{place}: {raw} must be a finite number of at least {least:g}")
     return value
+
+
+def _count(from_ini: object, default: int, name: str) -> int:
+    value = _number(None, from_ini, default, name, 1.0)
+    if not value.is_integer():
+        raise PlanError(f"ini llmperf_{name}: {from_ini} must be a whole number")
+    return int(value)
 
 
 def _tolerances(lines: Sequence[str]) -> dict[str, float]:

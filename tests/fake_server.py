@@ -149,7 +149,7 @@ def complete(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
 def spoil(due: Callable[[str], bool], part: Send) -> None:
     """Die or hang in mid-answer, if that is due."""
     if due("crash"):
-        os.kill(os.getpid(), signal.SIGSEGV)
+        signal.raise_signal(signal.SIGSEGV)
     if due("exit"):
         sys.stdout.write("ggml_abort: a check failed\n")
         sys.stdout.flush()
@@ -208,11 +208,13 @@ def route(fake: Fake, send: Send, what: str, headers: Mapping[str, str], content
         else:
             reply(send, 200, {"status": "ok"})
         return
+    if what == "GET /props" and fake.has("dies-once-ready"):
+        os._exit(7)
     key = headers.get("authorization", "").removeprefix("Bearer ")
     if key not in fake.keys and not fake.has("no-key"):
         fail(send, 401, "Invalid API Key")
     elif what == "GET /props":
-        if fake.has("dies-unasked"):
+        if fake.has("dies-of-props"):
             os._exit(7)
         context = int(fake.options.get("--ctx-size", "4096"))
         settings = {"default_generation_settings": {"n_ctx": context}}

@@ -86,8 +86,12 @@ def parse_build_info(text: str) -> tuple[int, str]:
 def hash_files(files: Iterable[Path]) -> str:
     """Return the SHA-256 over the names and contents of ``files``, in the order of the names."""
     digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.name):
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    # Names alone do not order two files of one name in two folders.
+    for name, content in sorted((path.name, _digest(path)) for path in files):
+        digest.update(name.encode() + b"\0" + content)
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

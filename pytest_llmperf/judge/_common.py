@@ -200,8 +200,8 @@ def plural(count: int, noun: str) -> str:
 
 
 BEYOND = (
-    "beyond the tolerance of {tolerance}: find the commit with `llmperf bisect`, or record the "
-    "new value with --update-baselines if it is meant"
+    "beyond the tolerance of {tolerance}: try the builds between the two to find the commit, or "
+    "record the new value with --update-baselines if it is meant"
 )
 STALE = (
     "better by more than {tolerance}: the baseline is stale, record a new one with "

@@ -279,8 +279,8 @@ def compare_exact(
     values = f"{metric.name} is {new:.8g} {metric.unit}, {base:.8g} in the baseline"
     if worse > threshold:
         reason = (
-            f"{values}, worse by more than the {allowed:.4g} {metric.unit} allowed: find the "
-            "commit with `llmperf bisect`, or record it with --update-baselines if it is meant"
+            f"{values}, worse by more than the {allowed:.4g} {metric.unit} allowed: try the "
+            "builds between the two, or record it with --update-baselines if it is meant"
         )
         return draft.verdict(Outcome.REGRESSION, reason, evidence)
     if -worse > threshold:

@@ -20,7 +20,8 @@ class BuildEntry:
     Attributes:
         name: The name used on the command line.
         source: A build spec, such as ``pypi:xllamacpp==0.2.12``.
-        label: What the build is called where its number is unknown.
+        label: What the build is called instead of by its number; without it a build that does
+            not know its number is called by ``name``.
         options: Server options added to every config on this build only.
         env: Environment variables its servers get.
         help: One line for people.

@@ -22,6 +22,22 @@ from pytest_llmperf.plan.options import OWNED, OptionValue, from_env, from_flag
 
 _ASSIGNMENT = re.compile(r"^(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)$")
 _NUMBER = re.compile(r"^-?\d+(\.\d+)?$")
+_COMMENT = re.compile(r"(^|\s)#")
+# Options that llama-server adds up when they are given again; of the others the last one counts.
+_REPEATED = frozenset(
+    {
+        "override-tensor",
+        "spec-draft-override-tensor",
+        "override-kv",
+        "lora",
+        "lora-scaled",
+        "control-vector",
+        "control-vector-scaled",
+        "logit-bias",
+        "dry-sequence-breaker",
+        "reverse-prompt",
+    }
+)
 
 
 def read_env_file(path: Path) -> dict[str, OptionValue]:
@@ -50,10 +66,13 @@ def read_env_file(path: Path) -> dict[str, OptionValue]:
         elif assignment := _ASSIGNMENT.match(line):
             name, value = assignment.groups()
             if name.startswith("LLAMA_ARG_"):
-                _take_variable(name, " ".join(_words(value, path, number)), options, path, number)
+                _take_variable(name, _plain(value, path, number), options, path, number)
             elif name.endswith(("_ARGS", "_FLAGS")) or name in {"ARGS", "FLAGS"}:
-                # The value may be quoted as one word or stand bare.
-                words = [part for word in _words(value, path, number) for part in shlex.split(word)]
+                words = _words(value, path, number)
+                if len(words) == 1:
+                    # The flags were quoted as one word. A shell that expands them keeps their
+                    # backslashes, which the patterns of --override-tensor need.
+                    words = _words(words[0], path, number, escape="")
                 _take_flags(words, options, path, number)
         else:
             raise PlanError(
@@ -64,11 +83,28 @@ def read_env_file(path: Path) -> dict[str, OptionValue]:
     return options
 
 
-def _words(text: str, path: Path, line: int) -> list[str]:
+def _words(text: str, path: Path, line: int, *, escape: str = "\\") -> list[str]:
+    lexer = shlex.shlex(text, posix=True)
+    lexer.whitespace_split = True
+    lexer.escape = escape
+    # Left alone it would take a `#` inside a word for a comment as well.
+    lexer.commenters = "#" if _COMMENT.search(text) else ""
     try:
-        return shlex.split(text, comments=True)
+        return list(lexer)
     except ValueError as error:
-        raise PlanError(f"{str(error).lower()}: close the quote", path, line) from error
+        mend = (
+            "close the quote"
+            if "quotation" in str(error)
+            else "a line does not go on in the next, remove the backslash"
+        )
+        raise PlanError(f"{str(error).lower()}: {mend}", path, line) from error
+
+
+def _plain(text: str, path: Path, line: int) -> str:
+    """Return a variable's value: quotes around it go, those inside (of JSON, say) stay."""
+    if text.startswith(('"', "'")):
+        return " ".join(_words(text, path, line))
+    return _COMMENT.split(text, maxsplit=1)[0].rstrip()
 
 
 def _typed(value: str) -> OptionValue:
@@ -88,15 +124,23 @@ def _take_variable(
     known = from_env(name)
     if known is None:
         # LLAMA_ARG_NO_MMAP and its like: any value, even 0, switches off.
-        known = from_env(name.replace("LLAMA_ARG_NO_", "LLAMA_ARG_", 1))
-        if known is None or known[1] or not name.startswith("LLAMA_ARG_NO_"):
+        off = name.removeprefix("LLAMA_ARG_NO_")
+        flag = from_flag("--no-" + off.lower().replace("_", "-"))
+        positive = from_env("LLAMA_ARG_" + off)
+        if off != name and flag is not None and flag[2]:
+            _put(options, flag[0], value=False)
+        elif off != name and positive is not None and not positive[1]:
+            _put(options, positive[0], value=False)
+        else:
             raise PlanError(
                 f"{name} is no variable of llama-server: check its spelling", path, line
             )
-        _put(options, known[0], value=False)
         return
     long, takes_value = known
-    if takes_value:
+    if takes_value and not value:
+        if long not in OWNED:
+            raise PlanError(f"{name} lacks its value: write {name}=VALUE", path, line)
+    elif takes_value:
         _put(options, long, _typed(value))
     elif value.lower() in {"1", "on", "true", "enabled", "yes"}:
         _put(options, long, value=True)
@@ -118,17 +162,19 @@ def _take_flags(
             raise PlanError(f"unknown flag {flag}: see llama-server --help", path, line)
         long, takes_value, negative = known
         if not takes_value:
+            if equals:
+                raise PlanError(f"{flag} takes no value: write `{flag}` alone", path, line)
             _put(options, long, value=not negative)
             continue
         if equals:
             value = attached
-        elif position < len(words):
+        elif position < len(words) and from_flag(words[position]) is None:
             value = words[position]
             position += 1
         else:
             raise PlanError(f"{flag} lacks its value: write `{flag} VALUE`", path, line)
         before = options.get(long)
-        if long == "override-tensor" and before is not None:
+        if long in _REPEATED and before is not None:
             earlier = before if isinstance(before, tuple) else (str(before),)
             options[long] = (*earlier, value)
         else:

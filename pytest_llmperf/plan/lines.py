@@ -24,12 +24,16 @@ def _split(dotted: str) -> tuple[str, ...]:
 def line_of(text: str, path: Sequence[str]) -> int | None:
     """Return the 1-based line that defines ``path``, or the nearest table above it.
 
+    A table that only its own tables spell out (``[configs.c7.options]`` for ``configs.c7``) is
+    given the line of the first of them.
+
     Args:
         text: The TOML source.
         path: Keys from the root, such as ``("configs", "c7", "options", "threads")``.
     """
     wanted = tuple(path)
-    best: tuple[int, int] | None = None
+    best: tuple[int, bool] | None = None
+    found: int | None = None
     table: tuple[str, ...] = ()
     for number, line in enumerate(text.splitlines(), start=1):
         if header := _HEADER.match(line):
@@ -38,6 +42,18 @@ def line_of(text: str, path: Sequence[str]) -> int | None:
             here = table + _split(key.group(1))
         else:
             continue
-        if here == wanted[: len(here)] and (best is None or len(here) > best[0]):
-            best = (len(here), number)
-    return best[1] if best else None
+        shared = _shared(here, wanted)
+        rank = (shared, here == wanted[:shared])
+        if shared and (best is None or rank > best):
+            best, found = rank, number
+    return found
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many keys the two have in common, from the root."""
+    count = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count

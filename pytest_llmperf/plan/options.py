@@ -70,7 +70,6 @@ class OptionNames:
 
 
 _ENTRY = re.compile(r"^(-{1,2}[A-Za-z][\w.-]*(?:,\s+-{1,2}[A-Za-z][\w.-]*)*)(.*)$")
-_HELP_COLUMN = 40
 
 
 def parse_help(text: str) -> tuple[OptionNames, ...]:
@@ -94,11 +93,9 @@ def parse_help(text: str) -> tuple[OptionNames, ...]:
         if match is None:  # pragma: no cover - blocks start with an entry by construction
             continue
         flags, rest = match.groups()
-        # A metavar stands one space after the names; the description starts in its own column
-        # or, where names and metavar reach it, on the next line.
-        takes_value = bool(re.match(r" \S", rest)) and (
-            len(flags) < _HELP_COLUMN - 1 or not rest.startswith("  ")
-        )
+        # A metavar stands one space after the names; the description starts in its own column,
+        # three spaces away at least, or on the next line.
+        takes_value = bool(re.match(r" \S", rest))
         about = " ".join(block)
         env = re.search(r"\(env: (\w+)\)", about)
         found.append(
@@ -142,11 +139,14 @@ def from_flag(flag: str) -> tuple[str, bool, bool] | None:
 
 
 def from_env(variable: str) -> tuple[str, bool] | None:
-    """Return (long name, takes a value) of a ``LLAMA_ARG_…`` variable, or None if unknown."""
+    """Return (long name, takes a value) of a ``LLAMA_ARG_…`` variable, or None if unknown.
+
+    ``LLAMA_ARG_NO_…`` is unknown here where it stands for a ``--no-`` form.
+    """
     option = _by_env().get(variable)
     if option is None and variable.startswith("LLAMA_ARG_"):
         guess = from_flag("--" + variable.removeprefix("LLAMA_ARG_").lower().replace("_", "-"))
-        return None if guess is None else guess[:2]
+        return None if guess is None or guess[2] else guess[:2]
     return None if option is None else (option.long, option.takes_value)
 
 

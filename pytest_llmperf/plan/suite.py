@@ -21,8 +21,8 @@ from pytest_llmperf.plan.model import Model, SynthSpec
 from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag, nearest
 
 _T = TypeVar("_T")
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-_WORKLOAD_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._]*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WORKLOAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 _SECTIONS = ("models", "builds", "configs", "workloads", "tolerances")
 
 
@@ -83,7 +83,8 @@ class _Reader:
         self.text = text
 
     def fail(self, message: str, *where: str) -> PlanError:
-        return PlanError(message, self.path, line_of(self.text, where))
+        # A quoted key may hold a line break; the error is one line all the same.
+        return PlanError(message.replace("\n", "\\n"), self.path, line_of(self.text, where))
 
     def table(self, value: object, *where: str) -> dict[str, object]:
         if not isinstance(value, dict):
@@ -129,7 +130,7 @@ class _Reader:
         entries = self.table(document.get(section, {}), section)
         pattern = _WORKLOAD_NAME if section == "workloads" else _NAME
         for name in entries:
-            if not pattern.match(name):
+            if not pattern.fullmatch(name):
                 # A workload's name ends the node id `config-workload`: no dash, or ids collide.
                 allowed = "letters, digits, `.` and `_`" + (
                     "" if section == "workloads" else ", `-`"
@@ -150,15 +151,16 @@ class _Reader:
             synth = None
             if "synth" in table:
                 shape = self.take(table, "synth", dict, {}, *where)
-                fields = {key.replace("-", "_"): value for key, value in shape.items()}
                 allowed = [f.replace("_", "-") for f in SynthSpec.__dataclass_fields__]
                 self.keys(shape, allowed, *where, "synth")
-                for key, value in fields.items():
+                for key, value in shape.items():
                     kind = str if key == "quant" else int
                     if not isinstance(value, kind) or isinstance(value, bool):
                         shown = "a string" if kind is str else "a whole number"
-                        raise self.fail(f"`{key}` must be {shown}, not {value!r}", *where, "synth")
-                synth = SynthSpec(**fields)
+                        raise self.fail(
+                            f"`{key}` must be {shown}, not {value!r}", *where, "synth", key
+                        )
+                synth = SynthSpec(**{key.replace("-", "_"): shape[key] for key in shape})
             return Model(
                 name=name,
                 file=self.take(table, "file", str, "", *where) or None,

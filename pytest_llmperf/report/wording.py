@@ -52,11 +52,11 @@ def allowed(verdict: Verdict) -> str:
     metric = METRICS[verdict.metric]
     sign = "-" if metric.better == "higher" else "+"
     parts = []
-    if verdict.tolerance or not verdict.slack:
+    if verdict.tolerance or (metric.kind != "exact" and not verdict.slack):
         parts.append(f"{sign}{100 * verdict.tolerance:g} %")
     if verdict.slack:
         parts.append(f"{verdict.slack:g} {metric.unit}")
-    return " or ".join(parts) if metric.kind != "exact" or verdict.slack else "none"
+    return " or ".join(parts) or "none"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -72,7 +72,8 @@ class Client:
     Args:
         url: Address of the server.
         key: API key, or None.
-        timeout: Seconds without a byte after which a request counts as hung.
+        timeout: Seconds without a byte of the answer after which a request counts as hung; pings
+            are none.
         post_mortem: Called when the connection breaks; returns how the server died, or None
             if it still lives.
     """
@@ -90,7 +91,11 @@ class Client:
         self._post_mortem = post_mortem
         self._http = httpx.Client(
             base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # A compressed answer would wait for a full buffer, and is read raw here.
+            headers={
+                "Accept-Encoding": "identity",
+                **({"Authorization": f"Bearer {key}"} if key else {}),
+            },
             timeout=httpx.Timeout(timeout, connect=_CONNECT),
             # A proxy from the environment has no business between us and loopback.
             trust_env=False,
@@ -180,8 +185,15 @@ class Client:
             with self._http.stream(
                 "POST", "/completion", content=content, headers={"Content-Type": "application/json"}
             ) as response:
+                heard = clock()
                 for chunk in response.iter_raw():
-                    arrived.append((clock(), chunk))  # noqa: PERF401 - the time is taken in the loop
+                    now = clock()
+                    arrived.append((now, chunk))
+                    if not chunk.startswith(b":") or b"data:" in chunk:
+                        heard = now
+                    elif now - heard > self._timeout:
+                        # Pings come from another thread than the one that hangs.
+                        raise httpx.ReadTimeout("nothing but pings")
             ended = clock()
         except httpx.HTTPError as error:
             raise self._broken(error, what, partial=len(arrived)) from error
@@ -224,10 +236,11 @@ def _events(arrived: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, Map
             value = value.strip()
             if field in {b"data", b"error"} and value and value != b"[DONE]":
                 event = json.loads(value)
-                yield (
-                    when,
-                    {"error": event} if field == b"error" and "error" not in event else event,
-                )
+                if field == b"error" and not (isinstance(event, dict) and "error" in event):
+                    event = {"error": event}
+                if not isinstance(event, dict):
+                    raise ValueError(f"no object: {value[:_SHOWN].decode(errors='replace')}")
+                yield when, event
 
 
 def _read_stream(
@@ -272,5 +285,5 @@ def _read_stream(
             draft_accepted_n=timings.get("draft_n_accepted"),
             text="".join(text),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckError(f"{what}: `timings` lacks or garbles {error}") from error

@@ -32,8 +32,9 @@ happens just before the clock starts; no network.
 """
 
 _SCRUBBED = ("LLAMA_", "GGML_", "AIP_", "HF_TOKEN")
-_LISTENING = re.compile(rb"listening on (https?://[^\s,]+)")
-_CONFIG_FILE = re.compile(rb"using config file: *(\S+)")
+# What follows the address shows that it is whole: a log may be read in the middle of a line.
+_LISTENING = re.compile(rb"listening on (https?://[^\s,]+)[\s,]")
+_CONFIG_FILE = re.compile(rb"using config file: *(\S+)\s")
 _POLL = 0.005
 _TAIL_LINES = 20
 _numbers = count(1)
@@ -162,8 +163,10 @@ def compose(
     """
     dialect = dialect_of(build)
     options = server_options(build, config)
-    if not dialect.supports("offline") and "offline" not in config.options:
-        del options["offline"]
+    for name in DEFAULTS.keys() - config.options.keys() - build.options.keys():
+        # A build that lacks the option lacks what the default switches off.
+        if not dialect.supports(name):
+            del options[name]
     if "verbosity" not in options and (level := dialect.log_verbosity):
         options["verbosity"] = level
     try:
@@ -192,7 +195,8 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
     if build.url is not None:
         return _connect(build, config, plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    name = f"{next(_numbers):03d}-{build.label}-{config.name}"
+    label = re.sub(r"[^\w.+-]", "_", build.label)
+    name = f"{next(_numbers):03d}-{label}-{config.name}"
     log = plan.folder / f"{name}.log"
     key = secrets.token_urlsafe(24)
     key_file = plan.folder / f"{name}.key"
@@ -237,7 +241,7 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
 def _connect(build: Build, config: Config, plan: ServePlan) -> Server:
     client = Client(str(build.url), os.environ.get("LLMPERF_API_KEY"), timeout=plan.hang)
     try:
-        props = client.get("/props")
+        props = _props(client)
     except BaseException:
         client.close()
         raise
@@ -251,6 +255,13 @@ def _connect(build: Build, config: Config, plan: ServePlan) -> Server:
         props=props,
         key_file=None,
     )
+
+
+def _props(client: Client) -> Mapping[str, Any]:
+    props = client.get("/props")
+    if not isinstance(props, dict):
+        raise ServerError(f"{client.url} answers /props, but not as llama-server does")
+    return props
 
 
 def _failed(reason: str, log: Path, command: tuple[str, ...], kind: str) -> ServerError:
@@ -352,12 +363,13 @@ def _prove_ours(client: Client, process: ServerProcess) -> Mapping[str, Any]:
         log=process.log,
         kind="foreign",
     )
-    if client.status("/props", key="not the key") not in {401, 403}:
-        raise foreign
+    refuses = client.status("/props", key="not the key") in {401, 403}
     try:
-        props = client.get("/props")
+        props = _props(client)
     except ServerError as error:
+        if error.kind == "crashed":
+            raise
         raise foreign from error
-    if process.poll() is not None or not isinstance(props, dict):
+    if not refuses or process.poll() is not None:
         raise foreign
     return props

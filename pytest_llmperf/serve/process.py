@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -61,7 +62,8 @@ class ServerProcess:
         first = self._next(_START_TIMEOUT)
         if first is None or "pid" not in first:
             self.stop()
-            why = first.get("error", "ended at once") if first else "did not start"
+            silent = "did not answer" if first is None else "ended"
+            why = (first or {}).get("error", f"its supervisor {silent}")
             raise ServerError(f"cannot start the server: {why}", log=log, kind="start")
         self.pid = int(str(first["pid"]))
 
@@ -70,7 +72,10 @@ class ServerProcess:
         if stdout is None:  # pragma: no cover - it was opened as a pipe
             return
         for line in stdout:
-            self._said.put(json.loads(line))
+            # A supervisor that is killed may leave half a line.
+            with suppress(ValueError):
+                self._said.put(json.loads(line))
+        self._said.put({})
 
     def _next(self, timeout: float) -> dict[str, object] | None:
         try:

@@ -104,7 +104,12 @@ def main(arguments: list[str]) -> int:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     try:
-        with Path(log).open("ab") as output:
+        output = Path(log).open("ab")  # noqa: SIM115 - closed once the server has it
+    except OSError as error:
+        _say(error=f"{log}: {error.strerror}")
+        return 1
+    try:
+        with output:
             process = subprocess.Popen(  # noqa: S603 - the caller composed this command
                 command,
                 stdin=subprocess.DEVNULL,

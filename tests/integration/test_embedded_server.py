@@ -177,6 +177,41 @@ def test_a_signal_ends_it_while_the_model_is_loading(start: Start, tmp_path: Pat
     assert program.end(signal.SIGTERM) == -signal.SIGTERM
 
 
+# A wheel that handles the signal itself, as older ones do, just as one arrives. Its
+# handler is any function of the C library that does nothing much.
+_SWALLOWS = """
+import ctypes, os, signal
+from types import SimpleNamespace
+
+def threads():
+    return SimpleNamespace(n_threads=-1)
+
+class CommonParams(SimpleNamespace):
+    def __init__(self):
+        super().__init__(model=SimpleNamespace(path=""), cpuparams=threads(),
+                         cpuparams_batch=threads(), port=0, n_parallel=1)
+
+class Server:
+    listening_address = "http://127.0.0.1:1"
+
+    def __init__(self, params):
+        library = ctypes.CDLL(None)
+        library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        library.signal.restype = ctypes.c_void_p
+        library.signal(signal.SIGTERM, ctypes.cast(library.abs, ctypes.c_void_p))
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_that_the_library_takes_is_not_lost(start: Start, tmp_path: Path) -> None:
+    """A signal between the library's handler and ours ends the program too."""
+    (tmp_path / "xllamacpp").mkdir()
+    (tmp_path / "xllamacpp" / "__init__.py").write_text(_SWALLOWS, encoding="utf-8")
+    program = start("--llmperf-wheel", str(tmp_path), "-m", "model.gguf")
+    assert program.process.wait(PATIENCE_S) == 0
+    assert program.text().endswith("main: told to stop, exiting\n")
+
+
 def _first_health(port: int) -> int:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:

@@ -6,15 +6,19 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_llmperf.build.build import Build
+from pytest_llmperf.plan.config import Config
 from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve.launch import ServePlan, Server, start
 
 PROGRAM = Path(__file__).parents[1] / "fake_server.py"
+CONFIG = Config("one", "tiny", {"threads": 1, "ctx-size": 1024})
 PATIENCE = 30.0
 """Seconds until a process that has to go counts as staying."""
 
@@ -68,6 +72,15 @@ def fake_build(
         options=options or {},
         env=env or {},
     )
+
+
+@contextmanager
+def fake_server(folder: Path, faults: str = "", *, hang: float = PATIENCE) -> Iterator[Server]:
+    """Start a fake server with these faults in this folder; stop it at the end."""
+    build = fake_build(Journal(folder / "journal"), faults=faults)
+    plan = ServePlan(folder / "run", timeout=PATIENCE, hang=hang)
+    with start(build, CONFIG, folder / "model.gguf", plan) as server:
+        yield server
 
 
 def write_program(path: Path, command: tuple[str, ...]) -> Path:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import enum
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -448,74 +443,3 @@ def test_the_folder_of_the_wheel_needs_a_value(capsys: pytest.CaptureFixture[str
     """``--llmperf-wheel`` alone is an error."""
     assert embedded_server.main(["--llmperf-wheel"]) == 1
     assert "needs a value" in capsys.readouterr().err
-
-
-@pytest.fixture
-def _signals() -> Iterator[None]:
-    """Put the handlers of the test run back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    signal.set_wakeup_fd(-1)
-    for server in embedded_server._running:
-        if isinstance(server, _FakeServer):
-            server.socket.close()
-    embedded_server._running.clear()
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-class _FakeServer:
-    """Listens as the real one does, and does something soon after."""
-
-    listening_address = "http://127.0.0.1:1"
-    soon: Callable[[socket.socket], object]
-
-    def __init__(self, _params: object) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        threading.Timer(0.05, self.__class__.soon, [self.socket]).start()
-
-
-@pytest.mark.usefixtures("_signals")
-@pytest.mark.parametrize(
-    ("soon", "last"),
-    [
-        (lambda _: signal.raise_signal(signal.SIGTERM), "SIGTERM received"),
-        (lambda _: signal.raise_signal(signal.SIGINT), "SIGINT received"),
-        (lambda listening: listening.shutdown(socket.SHUT_RDWR), "the server has stopped"),
-    ],
-)
-def test_it_serves_until_it_is_told_to_stop(
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    soon: Callable[[socket.socket], object],
-    last: str,
-) -> None:
-    """A signal in any thread ends it, and so does a server that a signal has reached before."""
-    monkeypatch.setattr(_FakeServer, "soon", staticmethod(soon), raising=False)
-    assert embedded_server.serve(Wheel(_module(Server=_FakeServer))) == 0
-    assert capfd.readouterr().err == (
-        f"main: server is listening on http://127.0.0.1:1\nmain: {last}, exiting\n"
-    )
-
-
-@pytest.mark.usefixtures("_signals")
-def test_a_server_that_has_stopped_already_is_not_waited_for(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """Where nothing listens there is nothing to wait for."""
-    gone = SimpleNamespace(listening_address="http://127.0.0.1:1")
-    assert embedded_server.serve(Wheel(_module(Server=lambda _: gone))) == 0
-    assert "main: the server has stopped, exiting" in capfd.readouterr().err
-
-
-@pytest.mark.usefixtures("_signals")
-def test_a_server_that_does_not_start_is_exit_one(capfd: pytest.CaptureFixture[str]) -> None:
-    """What the library raises becomes one line and exit status 1."""
-
-    def fail(params: object) -> None:
-        raise RuntimeError(f"no {json.dumps(hasattr(params, 'n_ctx'))}")
-
-    assert embedded_server.serve(Wheel(_module(Server=fail))) == 1
-    assert capfd.readouterr().err == (
-        "main: error: the server did not start, the log above says why: no true\n"
-    )

@@ -1,0 +1,61 @@
+"""Workloads and cases as values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.plan.config import LAUNCH, BuildEntry, Case, Config, Turn, Workload
+
+CONFIG = Config("c7", "tiny")
+WORKLOAD = Workload("multi_turn", (Turn(96, 48), Turn(32, 16)))
+TURNS = st.lists(st.builds(Turn, st.integers(1, 5000), st.integers(2, 5000)), min_size=1)
+
+
+def test_a_case_is_named_by_config_and_workload() -> None:
+    """The id goes into the node id, the key into the baseline file."""
+    case = Case(CONFIG, WORKLOAD)
+    assert (case.id, case.key) == ("c7-multi_turn", "c7/multi_turn")
+
+
+def test_a_case_without_workload_is_a_launch() -> None:
+    """What a start alone shows is kept under the word that no workload may have."""
+    case = Case(CONFIG, None)
+    assert (case.id, case.key) == ("c7", f"c7/{LAUNCH}")
+
+
+def test_a_workload_needs_room_for_all_its_turns() -> None:
+    """The last turn carries the earlier ones and their answers."""
+    assert WORKLOAD.tokens == 96 + 48 + 32 + 16
+
+
+@given(TURNS)
+def test_tokens_grow_with_every_turn(turns: list[Turn]) -> None:
+    """Leaving out the last turn leaves room for exactly that turn."""
+    whole, rest = Workload("w", tuple(turns)), Workload("w", tuple(turns[:-1]))
+    assert whole.tokens == rest.tokens + turns[-1].prompt + turns[-1].generate
+
+
+@given(TURNS, TURNS)
+def test_digests_are_equal_exactly_when_the_lengths_are(one: list[Turn], other: list[Turn]) -> None:
+    """Two workloads are comparable by their lengths alone, whatever they are called."""
+    left = Workload("a", tuple(one), help="one").digest()
+    right = Workload("b", tuple(other), help="other").digest()
+    assert (left == right) is (one == other)
+
+
+def test_a_digest_is_short_and_stays_the_same() -> None:
+    """It is part of every baseline: a change would make all of them incomparable."""
+    assert Workload("short", (Turn(64, 64),)).digest() == "e9f555ddd3b85996"
+
+
+@pytest.mark.parametrize("value", [CONFIG, WORKLOAD, Turn(1, 2), BuildEntry("b", "embedded")])
+def test_values_are_frozen(value: object) -> None:
+    """A plan does not change once it is read."""
+    assert dataclasses.is_dataclass(value)
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, "other")

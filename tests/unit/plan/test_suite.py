@@ -1,0 +1,509 @@
+"""Suite files: what they say, and what is said about their mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.errors import PlanError
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.plan.config import BuildEntry, Case, Turn, Workload
+from pytest_llmperf.plan.model import Model, SynthSpec
+from pytest_llmperf.plan.options import from_flag
+from pytest_llmperf.plan.suite import Suite, load_suite
+
+SHIPPED = Path(__file__).parents[3] / "suites" / "llmperf.toml"
+
+MODEL = """\
+[models.tiny]
+synth = {}
+"""
+"""Two lines, so that what a test adds begins on line 3."""
+
+
+def load(folder: Path, text: str) -> Suite:
+    """Return the suite of a file with this text."""
+    path = folder / "suite.toml"
+    path.write_text(text, "utf-8")
+    return load_suite(path)
+
+
+def mistake(folder: Path, text: str) -> str:
+    """Return what is said about a file with this text, from the line number on."""
+    with pytest.raises(PlanError) as caught:
+        load(folder, text)
+    said = str(caught.value)
+    assert "\n" not in said
+    start = f"{folder / 'suite.toml'}:"
+    assert said.startswith(start)
+    return said.removeprefix(start)
+
+
+# -- what is read -----------------------------------------------------------------------------
+
+
+def test_every_section_is_read(tmp_path: Path) -> None:
+    """Models, builds, configs, workloads and tolerances become frozen values."""
+    suite = load(
+        tmp_path,
+        f"""
+[models.tiny]
+synth = {{ layers = 2, kv-heads = 1, quant = "Q4_0" }}
+[models.real]
+file = "real.gguf"
+sha256 = "{"AB" * 32}"
+help = "a real one"
+
+[builds.mine]
+source = "./build/bin"
+label = "mine-fast"
+options = {{ threads = 4 }}
+env = {{ GGML_CUDA_DISABLE_GRAPHS = "1" }}
+help = "without graphs"
+
+[configs.cpu]
+model = "tiny"
+gpu = false
+marks = ["long_running"]
+help = "small"
+reference = "nobody"
+[configs.cpu.options]
+ctx-size = 4096
+[configs.cpu.tolerances]
+decode_tps = 0.1
+
+[workloads.two]
+turns = [{{ prompt = 8, generate = 4 }}, {{ prompt = 2, generate = 2 }}]
+help = "two turns"
+
+[tolerances]
+ttft_ms = 0
+""",
+    )
+    assert suite.path == tmp_path / "suite.toml"
+    assert suite.models == {
+        "tiny": Model("tiny", synth=SynthSpec(layers=2, kv_heads=1, quant="Q4_0")),
+        "real": Model("real", file="real.gguf", sha256="ab" * 32, help="a real one"),
+    }
+    assert suite.builds == {
+        "mine": BuildEntry(
+            "mine",
+            "./build/bin",
+            label="mine-fast",
+            options={"threads": 4},
+            env={"GGML_CUDA_DISABLE_GRAPHS": "1"},
+            help="without graphs",
+        )
+    }
+    config = suite.configs["cpu"]
+    assert (config.name, config.model, config.gpu, config.marks) == (
+        "cpu",
+        "tiny",
+        False,
+        ("long_running",),
+    )
+    assert (config.options, config.tolerances) == ({"ctx-size": 4096}, {"decode_tps": 0.1})
+    assert (config.help, config.reference) == ("small", "nobody")
+    assert suite.workloads == {"two": Workload("two", (Turn(8, 4), Turn(2, 2)), "two turns")}
+    assert suite.tolerances == {"ttft_ms": 0.0}
+
+
+def test_an_empty_file_is_an_empty_suite(tmp_path: Path) -> None:
+    """Every section may be left out."""
+    suite = load(tmp_path, "")
+    assert not suite.models
+    assert not suite.builds
+    assert suite.cases() == []
+
+
+def test_the_shipped_suite_loads() -> None:
+    """The suite file of this repository has no mistake; its configs inherit what they should."""
+    suite = load_suite(SHIPPED)
+    assert {"short", "medium", "long", "multi_turn"} <= set(suite.workloads)
+    assert {"cpu", "cpu-kv-q8", "c7", "fit-nobatch"} <= set(suite.configs)
+    assert suite.configs["c2b"].options["n-cpu-moe"] == 36
+    assert suite.configs["c2b"].options["cache-type-k"] == "q8_0"
+    assert suite.configs["c2b"].gpu
+
+
+def test_the_shipped_configs_use_options_that_exist() -> None:
+    """An unknown option passes for a fork's, so a slip of the pen would come out late."""
+    for config in load_suite(SHIPPED).configs.values():
+        assert [name for name in config.options if from_flag(f"--{name}") is None] == []
+
+
+# -- options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        ("threads = 2", {"threads": 2}),
+        ("temp = 0.5", {"temp": 0.5}),
+        ('flash-attn = "on"', {"flash-attn": "on"}),
+        ("jinja = true", {"jinja": True}),
+        ("mmap = false", {"mmap": False}),
+        ("no-mmap = true", {"mmap": False}),
+        ("no-mmap = false", {"mmap": True}),
+        ("no-host = true", {"no-host": True}),
+        ("n-gpu-layers = 99", {"gpu-layers": 99}),
+        ("draft-max = 8", {"draft": 8}),
+        ('override-tensor = ["a=CPU", "b=CPU"]', {"override-tensor": ("a=CPU", "b=CPU")}),
+        ("fork-only = true", {"fork-only": True}),
+        ('cache-type-k = "turbo3"', {"cache-type-k": "turbo3"}),
+    ],
+)
+def test_options_get_their_long_names(
+    tmp_path: Path, written: str, options: dict[str, object]
+) -> None:
+    """Synonyms and `no-` forms are turned into one name; unknown options pass for forks."""
+    suite = load(tmp_path, f'{MODEL}[configs.c]\nmodel = "tiny"\noptions = {{ {written} }}\n')
+    assert suite.configs["c"].options == options
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("port = 8080", "`port` is not for a config: every server gets a free port of its own"),
+        ('host = "0.0.0.0"', "`host` is not for a config: servers listen on 127.0.0.1"),
+        ('model = "a.gguf"', "`model` is not for a config: name it with the config's key `model`"),
+        ('api-key = "x"', "`api-key` is not for a config: every server gets a random key"),
+        ('log-file = "x"', "`log-file` is not for a config: every server's log is kept"),
+        ("--threads = 2", "`--threads`: write option names without dashes"),
+        ("jinja = 1", "`jinja` is a flag: write true or false"),
+        ('jinja = "on"', "`jinja` is a flag: write true or false"),
+        ('no-mmap = ["a"]', "`no-mmap` is a flag: write true or false"),
+        ("threads = true", "`threads` takes a value, not true"),
+        ("threads = 1979-05-27", "`threads` must be a string, a number, true, false or a list"),
+        ("override-tensor = [1]", "`override-tensor` must be a string, a number, true, false"),
+        ("fork-only = { a = 1 }", "`fork-only` must be a string, a number, true, false"),
+        (
+            "gpu-layers = 1\nn-gpu-layers = 2",
+            "`n-gpu-layers` is set twice, under two names: keep one",
+        ),
+        ("mmap = true\nno-mmap = true", "`no-mmap` is set twice, under two names: keep one"),
+    ],
+)
+@pytest.mark.parametrize("table", ["configs.c", "builds.b"])
+def test_a_mistake_in_an_option_has_its_line(
+    tmp_path: Path, table: str, written: str, said: str
+) -> None:
+    """Options of configs and of builds are checked alike."""
+    last = 4 + written.count("\n") + 1
+    head = f'{MODEL}[{table}]\n{"model" if table == "configs.c" else "source"} = "tiny"\n'
+    assert mistake(tmp_path, f"{head}[{table}.options]\n{written}\n").startswith(
+        f"{last + 1}: {said}"
+    )
+
+
+# -- inheritance ------------------------------------------------------------------------------
+
+
+def test_a_config_inherits_and_what_it_says_itself_wins(tmp_path: Path) -> None:
+    """Model, options, gpu, marks, tolerances and reference come down; help does not."""
+    suite = load(
+        tmp_path,
+        f"""{MODEL}
+[models.other]
+synth = {{}}
+[configs.child]
+extends = "middle"
+options = {{ threads = 8 }}
+tolerances = {{ ttft_ms = 0.3 }}
+[configs.middle]
+extends = "top"
+model = "other"
+[configs.top]
+model = "tiny"
+gpu = true
+marks = ["quality"]
+help = "of the top"
+reference = "a report"
+options = {{ threads = 4, mmap = false }}
+tolerances = {{ decode_tps = 0.1, ttft_ms = 0.2 }}
+""",
+    )
+    child = suite.configs["child"]
+    assert child.model == "other"
+    assert child.options == {"threads": 8, "mmap": False}
+    assert child.tolerances == {"decode_tps": 0.1, "ttft_ms": 0.3}
+    assert (child.gpu, child.marks) == (True, ("quality",))
+    assert (child.reference, child.help) == ("a report", "")
+    assert list(suite.configs) == ["child", "middle", "top"]
+
+
+def test_a_config_may_take_back_what_it_inherits(tmp_path: Path) -> None:
+    """`gpu = false` and `marks = []` win over the parent's."""
+    suite = load(
+        tmp_path,
+        f"""{MODEL}
+[configs.top]
+model = "tiny"
+gpu = true
+marks = ["quality"]
+[configs.child]
+extends = "top"
+gpu = false
+marks = []
+""",
+    )
+    assert (suite.configs["child"].gpu, suite.configs["child"].marks) == (False, ())
+
+
+def test_an_env_file_stands_between_the_parent_and_the_options(tmp_path: Path) -> None:
+    """It is looked for beside the suite file; the config's own options win over it."""
+    (tmp_path / "c7.env").write_text("-t 20 -c 4096 --no-mmap\n", "utf-8")
+    suite = load(
+        tmp_path,
+        f"""{MODEL}
+[configs.top]
+model = "tiny"
+options = {{ threads = 2, parallel = 4 }}
+[configs.child]
+extends = "top"
+env-file = "c7.env"
+options = {{ ctx-size = 8192 }}
+""",
+    )
+    assert suite.configs["child"].options == {
+        "threads": 20,
+        "parallel": 4,
+        "ctx-size": 8192,
+        "mmap": False,
+    }
+
+
+def test_a_mistake_in_an_env_file_names_that_file(tmp_path: Path) -> None:
+    """The line is the .env file's, not the suite file's."""
+    (tmp_path / "c7.env").write_text("\n--nonsense\n", "utf-8")
+    with pytest.raises(PlanError, match=r"c7\.env:2: unknown flag --nonsense"):
+        load(tmp_path, f'{MODEL}[configs.c]\nmodel = "tiny"\nenv-file = "c7.env"\n')
+
+
+# -- mistakes ---------------------------------------------------------------------------------
+
+CONFIG = MODEL + '[configs.c]\nmodel = "tiny"\n'
+WORKLOAD = "[workloads.w]\nturns = "
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # the file
+        ("[models.tiny]\nsynth = {}\n\n[models.tiny]\n", "4: not valid TOML: Cannot declare"),
+        ("[models.tiny\n", "1: not valid TOML: "),
+        ("[models.tiny]\nfile = 'a\n", "2: not valid TOML: "),
+        ("a = [1,\n\n", "2: not valid TOML: "),
+        (
+            "\n[modles.tiny]\nsynth = {}\n",
+            "2: unknown key `modles` in the suite file (nearest: models): it takes models, builds,",
+        ),
+        ("x = 1\n", "1: unknown key `x` in the suite file: it takes"),
+        ("models = 1\n", "1: `models` must be a table"),
+        ("tolerances = 1\n", "1: `tolerances` must be a table"),
+        ("[models]\ntiny = 1\n", "2: `models.tiny` must be a table"),
+        ("[configs]\nc = 1\n", "2: `configs.c` must be a table"),
+        ('[configs]\n"a b" = {}\n', "2: `a b` is no name for [configs]: use letters, digits, `.`"),
+        ('[configs."-c"]\n', "1: `-c` is no name for [configs]"),
+        ('[models."a/b"]\n', "1: `a/b` is no name for [models]"),
+        ('[models]\n"a\\n" = {}\n', "1: `a\\n` is no name for [models]"),
+        ("[workloads.a-b]\n", "1: `a-b` is no name for [workloads]: use letters, digits, `.` and"),
+        # models
+        ("[models.m]\nfiel = 1\n", "2: unknown key `fiel` in [models.m] (nearest: file): it takes"),
+        ("[models.m]\nfile = 1\n", "2: `file` must be a string, not 1"),
+        ("[models.m]\nhelp = 'x'\n", "1: model `m` needs one of `file` and `synth`, has neither"),
+        ("[models.m]\nfile = 'a'\nsynth = {}\n", "1: model `m` needs one of `file` and `synth`"),
+        ("[models.m]\nfile = 'a'\nsha256 = 'ab'\n", "1: `sha256` of model `m` must be 64"),
+        ("[models.m]\nsynth = true\n", "2: `synth` must be a table, not True"),
+        ("[models.m]\nsynth = { layer = 1 }\n", "2: unknown key `layer` in [models.m.synth]"),
+        ("[models.m]\nsynth = { kv_heads = 1 }\n", "2: unknown key `kv_heads` in [models.m.synth]"),
+        ("[models.m.synth]\nseed = 1\nkv-heads = 1.5\n", "3: `kv-heads` must be a whole number"),
+        ("[models.m.synth]\nseed = true\n", "2: `seed` must be a whole number, not True"),
+        ("[models.m.synth]\nquant = 8\n", "2: `quant` must be a string, not 8"),
+        ("[models.m]\nsynth = { layers = 0 }\n", "1: `layers` must be a whole number of at least"),
+        # builds
+        ("[builds.b]\nsrc = 'x'\n", "2: unknown key `src` in [builds.b]"),
+        ("[builds.b]\nhelp = 'x'\n", '1: lacks `source`, such as source = "pypi:xllamacpp=='),
+        ("[builds.b]\nsource = 1\n", "2: `source` must be a string, not 1"),
+        ("[builds.b]\nsource = 'x'\nlabel = 1\n", "3: `label` must be a string, not 1"),
+        ("[builds.b]\nsource = 'x'\nenv = 1\n", "3: `env` must be a table, not 1"),
+        ("[builds.b]\nsource = 'x'\n[builds.b.env]\nA = 1\n", "4: `A` must be a string, not 1"),
+        # configs
+        (CONFIG + "gpus = true\n", "5: unknown key `gpus` in [configs.c] (nearest: gpu)"),
+        (CONFIG + "gpu = 1\n", "5: `gpu` must be true or false, not 1"),
+        (CONFIG + "marks = 'gpu'\n", "5: `marks` must be a list, not 'gpu'"),
+        (CONFIG + "marks = [1]\n", "5: `marks` must hold strings, not 1"),
+        (CONFIG + "options = 1\n", "5: `options` must be a table, not 1"),
+        (CONFIG + "env-file = 1\n", "5: `env-file` must be a string, not 1"),
+        (CONFIG + "tolerances = 1\n", "5: `configs.c.tolerances` must be a table"),
+        (MODEL + "[configs.c]\nhelp = 'x'\n", "3: lacks `model`, a name in [models]"),
+        (MODEL + "[configs.c.options]\nthreads = 1\n", "3: lacks `model`, a name in [models]"),
+        (
+            MODEL + "[configs.c]\nmodel = 'tini'\n",
+            "4: no model `tini` (nearest: tiny): there are tiny",
+        ),
+        ("[configs.c]\nmodel = 'tiny'\n", "2: no model `tiny`: there are none"),
+        (CONFIG + "extends = 1\n", "5: `extends` must be a string, not 1"),
+        (CONFIG + "extends = 'd'\n", "5: extends `d`, which is no config"),
+        (CONFIG + "extends = 'c'\n", "5: extends itself by way of c -> c"),
+        (
+            CONFIG + "extends = 'd'\n[configs.d]\nextends = 'c'\n",
+            "7: extends itself by way of c -> d -> c",
+        ),
+        # workloads
+        ("[workloads.w]\nturn = []\n", "2: unknown key `turn` in [workloads.w] (nearest: turns)"),
+        ("[workloads.w]\nhelp = 'x'\n", "1: lacks `turns`, such as [{ prompt = 64, generate = 64"),
+        (WORKLOAD + "[]\n", "1: lacks `turns`"),
+        (WORKLOAD + "1\n", "2: `turns` must be a list, not 1"),
+        (WORKLOAD + "[1]\n", "2: `workloads.w.turns` must be a table"),
+        (WORKLOAD + "[{ prompt = 1, generat = 2 }]\n", "2: unknown key `generat` in [workloads.w."),
+        (WORKLOAD + "[{ generate = 2 }]\n", "2: `prompt` of a turn must be a whole number"),
+        (WORKLOAD + "[{ prompt = 0, generate = 2 }]\n", "2: `prompt` of a turn must be a whole"),
+        (WORKLOAD + "[{ prompt = 1 }]\n", "2: `generate` of a turn must be a whole number"),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 1 }]\n",
+            "2: `generate` of a turn must be a whole number of tokens, at least 2",
+        ),
+        (WORKLOAD + "[{ prompt = true, generate = 2 }]\n", "2: `prompt` of a turn must be a whole"),
+        (WORKLOAD + "[{ prompt = 1, generate = 2.0 }]\n", "2: `generate` of a turn must be a"),
+        (
+            "[workloads.launch]\nturns = [{ prompt = 1, generate = 2 }]\n",
+            "1: `launch` is taken: it stands for what a start alone shows",
+        ),
+        # tolerances
+        ("[tolerances]\ndecode_tp = 0.1\n", "2: no metric `decode_tp` (nearest: decode_tps): "),
+        ("[tolerances]\ndecode_tps = 1\n", "2: `decode_tps` must be a fraction from 0 to below 1"),
+        ("[tolerances]\ndecode_tps = -0.1\n", "2: `decode_tps` must be a fraction"),
+        ("[tolerances]\ndecode_tps = nan\n", "2: `decode_tps` must be a fraction"),
+        ("[tolerances]\ndecode_tps = '5 %'\n", "2: `decode_tps` must be a fraction"),
+        ("[tolerances]\ndecode_tps = true\n", "2: `decode_tps` must be a fraction"),
+        (
+            CONFIG + "[configs.c.tolerances]\ndecode_tps = 5\n",
+            "6: `decode_tps` must be a fraction from 0 to below 1 (0.05 is 5 %), not 5",
+        ),
+    ],
+)
+def test_a_mistake_names_file_line_and_mend(tmp_path: Path, text: str, said: str) -> None:
+    """The first mistake is told in one line that says what would be right."""
+    assert mistake(tmp_path, text).startswith(said)
+
+
+def test_a_missing_file_says_how_to_name_another(tmp_path: Path) -> None:
+    """There is no line to point at, but an option to use."""
+    path = tmp_path / "gone.toml"
+    with pytest.raises(PlanError) as caught:
+        load_suite(path)
+    assert str(caught.value) == (
+        f"{path}: there is no such suite file: give another with --llmperf-suite=FILE"
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    """A folder, or bytes that are no text, are no suite file."""
+    path = tmp_path / "suite.toml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(PlanError, match=r"suite\.toml: cannot read the suite file: "):
+        load_suite(path)
+
+
+@given(st.lists(st.integers(0, 7), min_size=8, max_size=8))
+def test_every_web_of_extends_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, parents: list[int]
+) -> None:
+    """Configs that lead to themselves are a mistake; all others load, in any order."""
+    text = MODEL + "".join(
+        f"[configs.c{name}]\nmodel = 'tiny'\nextends = 'c{parent}'\n"
+        for name, parent in enumerate(parents)
+    )
+    text += "[configs.root]\nmodel = 'tiny'\n"
+    folder = tmp_path_factory.mktemp("web", numbered=True)
+    # Each of the eight has a parent among the eight, so following them ends in a cycle.
+    assert "extends itself by way of" in mistake(folder, text)
+    # Where every parent stands further down the file, there is none.
+    forward = text
+    for name, parent in enumerate(parents):
+        if parent <= name:
+            forward = forward.replace(
+                f"[configs.c{name}]\nmodel = 'tiny'\nextends = 'c{parent}'",
+                f"[configs.c{name}]\nmodel = 'tiny'\nextends = 'root'",
+            )
+    assert len(load(folder, forward).configs) == 9
+
+
+# -- cases ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    """Two configs and two workloads."""
+    return load(
+        tmp_path,
+        MODEL
+        + "".join(f"[configs.{name}]\nmodel = 'tiny'\n" for name in ("a", "b"))
+        + "".join(
+            f"[workloads.{name}]\nturns = [{{ prompt = 1, generate = 2 }}]\n"
+            for name in ("short", "long")
+        ),
+    )
+
+
+def ids(cases: list[Case]) -> list[str]:
+    """Return the ids of cases."""
+    return [case.id for case in cases]
+
+
+def test_cases_are_configs_times_workloads_configs_outermost(suite: Suite) -> None:
+    """So that the tests of one server stand next to each other, in the order asked for."""
+    assert ids(suite.cases(["b", "a"], ["long", "short"])) == [
+        "b-long",
+        "b-short",
+        "a-long",
+        "a-short",
+    ]
+
+
+def test_no_configs_means_all_of_them(suite: Suite) -> None:
+    """In the order of the file."""
+    assert ids(suite.cases(None, ["short"])) == ["a-short", "b-short"]
+
+
+@pytest.mark.parametrize("workloads", [None, []])
+def test_no_workloads_means_the_start_alone(suite: Suite, workloads: list[str] | None) -> None:
+    """One case a config."""
+    assert suite.cases(["a"], workloads) == [Case(suite.configs["a"], None)]
+
+
+def test_an_unknown_config_is_refused(suite: Suite) -> None:
+    """With the nearest one and all there are."""
+    with pytest.raises(PlanError, match=r"suite\.toml: no config `c`: there are a, b$"):
+        suite.cases(["c"])
+
+
+def test_an_unknown_workload_is_refused(suite: Suite) -> None:
+    """With the nearest one and all there are."""
+    with pytest.raises(
+        PlanError, match=r"no workload `shrt` \(nearest: short\): there are short, long$"
+    ):
+        suite.cases(["a"], ["shrt"])
+
+
+def test_an_unknown_name_in_an_empty_suite_says_so(tmp_path: Path) -> None:
+    """There is nothing to list."""
+    with pytest.raises(PlanError, match=r"no config `c`: there are no configs$"):
+        load(tmp_path, "").cases(["c"])
+
+
+@given(st.sampled_from(list(METRICS)), st.floats(0, 1, exclude_max=True))
+def test_every_metric_takes_any_fraction(
+    tmp_path_factory: pytest.TempPathFactory, name: str, fraction: float
+) -> None:
+    """A tolerance from 0 to below 1 comes through unchanged."""
+    folder = tmp_path_factory.mktemp("fraction", numbered=True)
+    assert load(folder, f"[tolerances]\n{name} = {fraction!r}\n").tolerances == {name: fraction}

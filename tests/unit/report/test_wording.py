@@ -1,0 +1,192 @@
+"""Figures and verdicts in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.judge.verdict import Outcome, Verdict
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.result import Result, Side
+from pytest_llmperf.report.wording import (
+    HEADER,
+    allowed,
+    columns,
+    failure,
+    figure,
+    interval,
+    percent,
+    row,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (69.5512, "tok/s", "69.55 tok/s"),
+        (65536.0, "tokens", "65536 tokens"),
+        (1234.56, "ms", "1235 ms"),
+        (5.0, "", "5"),
+        (0.0, "MiB", "0 MiB"),
+        (0.012345, "nat", "0.01235 nat"),
+        (None, "ms", "-"),
+    ],
+)
+def test_a_figure_has_four_digits_and_its_unit(value: float | None, unit: str, shown: str) -> None:
+    """Whole numbers are shown whole; nothing is a dash."""
+    assert figure(value, unit) == shown
+
+
+@given(st.floats(-1e9, 1e9))
+def test_a_figure_is_right_to_four_digits(value: float) -> None:
+    """What is printed differs from what was measured by half a digit at most."""
+    assert float(figure(value)) == pytest.approx(value, rel=5.0001e-4, abs=1e-300)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.12, "-12.0 %"), (0.0512, "+5.1 %"), (0.0, "+0.0 %"), (2.0, "+200.0 %")]
+)
+def test_a_percentage_is_signed(value: float, shown: str) -> None:
+    """A change without a sign could be read either way."""
+    assert percent(value) == shown
+
+
+def test_an_interval_has_two_ends(verdict: Verdict) -> None:
+    """Both signed; a dash where there is none."""
+    assert interval(verdict) == "-12.5 % … -11.5 %"
+    assert interval(replace(verdict, interval=None)) == "-"
+
+
+@pytest.mark.parametrize(
+    ("metric", "tolerance", "slack", "shown"),
+    [
+        ("decode_tps", 0.05, 0.0, "-5 %"),
+        ("ttft_ms", 0.1, 0.0, "+10 %"),
+        ("decode_tps", 0.0, 0.0, "-0 %"),
+        ("rss_mib", 0.05, 8.0, "+5 % or 8 MiB"),
+        ("rss_mib", 0.0, 8.0, "8 MiB"),
+        ("n_ctx", 0.0, 0.0, "none"),
+        ("compute_mib", 0.0, 4.0, "4 MiB"),
+        ("n_ctx", 0.1, 0.0, "-10 %"),
+        ("kld_mean", 0.07, 0.0, "+7 %"),
+    ],
+)
+def test_what_is_allowed_points_to_the_worse(
+    verdict: Verdict, metric: str, tolerance: float, slack: float, shown: str
+) -> None:
+    """Less speed, more memory; a tolerance set for an exact metric is shown, too."""
+    one = replace(verdict, metric=metric, tolerance=tolerance, slack=slack)
+    assert allowed(one) == shown
+
+
+def test_a_row_has_a_cell_for_each_head(result: Result, verdict: Verdict) -> None:
+    """In the order of the header."""
+    assert dict(zip(HEADER, row(result, verdict), strict=True)) == {
+        "case": "c7/short",
+        "metric": "decode_tps",
+        "baseline": "70 tok/s",
+        "measured": "61.6 tok/s",
+        "change": "-12.0 %",
+        "interval": "-12.5 % … -11.5 %",
+        "tolerance": "-5 %",
+        "verdict": "REGRESSION",
+    }
+
+
+def test_a_row_of_nothing_has_dashes(result: Result, verdict: Verdict) -> None:
+    """A verdict without figures still fills its row."""
+    one = replace(verdict, base=None, new=None, change=None, interval=None)
+    assert row(result, one)[2:6] == ("-", "-", "-", "-")
+
+
+def test_columns_are_aligned() -> None:
+    """Words to the left, figures to the right, nothing behind the last cell."""
+    assert columns([("case", "metric", "new", "verdict"), ("c7/short", "ppl", "6.53", "PASS")]) == [
+        "case      metric   new  verdict",
+        "c7/short  ppl     6.53  PASS",
+    ]
+
+
+CELLS = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=8)
+
+
+@given(st.integers(3, 6).flatmap(lambda n: st.lists(st.tuples(*[CELLS] * n), min_size=1)))
+def test_aligned_columns_keep_every_cell(rows: list[tuple[str, ...]]) -> None:
+    """Splitting a line at the gaps gives its cells back, and all lines are as wide."""
+    lines = columns(rows)
+    assert [tuple(line.split()) for line in lines] == rows
+    last = max(len(cells[-1]) for cells in rows)
+    assert len({len(line) - len(cells[-1]) for line, cells in zip(lines, rows, strict=True)}) == 1
+    assert max(map(len, lines)) == len(lines[0]) - len(rows[0][-1]) + last
+
+
+def test_a_failure_tells_all_that_is_needed_to_act(result: Result) -> None:
+    """Figures, evidence, both builds with commands and last logs, machine and next step."""
+    assert failure(result, strict=False) == (
+        """\
+c7/short: decode_tps REGRESSION
+
+  decode_tps: REGRESSION: decode_tps fell by 12.0 %
+    70 tok/s -> 61.6 tok/s, -12.0 % (-12.5 % … -11.5 %); allowed -5 %; higher is better
+    side-by-side; launches 3 + 4, samples 12 + 16
+
+  build under test  b8156 (build 8156, pypi:xllamacpp==0.2.12)
+    command         llama-server --threads 2
+    log             /run/new-2.log
+  baseline          b8149 (build 8149, /opt/llama)
+    command         /opt/llama/llama-server --threads 2
+    log             /run/base-1.log
+  machine           rtx-5080-16gb
+
+  Next: repeat it alone with
+    pytest suites/test_speed.py::test_decode -k 'c7' with the same --baseline and --llmperf-build;
+  if the change is known and accepted, raise the tolerance in the suite file or record this build \
+with
+    pytest --update-baselines."""
+    )
+
+
+def test_a_failure_without_a_regression_has_no_next_step(result: Result, verdict: Verdict) -> None:
+    """The reason of a missing baseline holds its own mend, and there is no other build."""
+    missing = replace(
+        verdict, outcome=Outcome.MISSING, base=None, change=None, interval=None, reason="record it"
+    )
+    side = Side(label="b8156", about="b8156")
+    alone = replace(result, base=None, new=side, verdicts=(missing,))
+    assert failure(alone, strict=False) == (
+        """\
+c7/short: decode_tps MISSING
+
+  decode_tps: MISSING: record it
+
+  build under test  b8156
+  machine           rtx-5080-16gb"""
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_what_fails_is_explained(result: Result, verdict: Verdict, strict: bool) -> None:  # noqa: FBT001 - a parameter
+    """INCONCLUSIVE is one of them only where it fails."""
+    open_ = replace(verdict, metric="ttft_ms", outcome=Outcome.INCONCLUSIVE, reason="too few")
+    passed = replace(verdict, metric="itl_ms", outcome=Outcome.PASS)
+    text = failure(replace(result, verdicts=(verdict, open_, passed)), strict=strict)
+    assert ("ttft_ms INCONCLUSIVE" in text) is strict
+    assert ("ttft_ms: INCONCLUSIVE: too few" in text) is strict
+    assert "itl_ms" not in text
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("outcome", Outcome)
+def test_every_verdict_has_words(
+    result: Result, verdict: Verdict, name: str, outcome: Outcome
+) -> None:
+    """No metric or outcome lacks a cell or a line."""
+    one = replace(verdict, metric=name, outcome=outcome)
+    assert all(row(result, one))
+    explained = f"  {name}: {outcome.value}: " in failure(
+        replace(result, verdicts=(one,)), strict=True
+    )
+    assert explained is outcome.fails(strict=True)
