@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import LlmperfError, RunError
+from pytest_llmperf.errors import LlmperfError, RunError, ServerError
 from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measure.launch import Launch, Session
 from pytest_llmperf.models.locate import parts
@@ -159,13 +159,15 @@ class Campaign:
         return [workload for workload in self.workloads if workload.name not in self.failures]
 
     def _guarded(self, workload: Workload, session: Session, work: Callable[[], None]) -> bool:
-        """Do the work; a failure is the workload's own as long as the server still lives."""
+        """Do the work; return whether the server is fit for more. A failure is the workload's."""
         try:
             work()
         except RunError as error:
             self.failures[workload.name] = error
             session.launch.samples.pop(workload.name, None)
-            return session.server.alive()
+            # A server that hangs would let every further request hang behind this one.
+            hung = isinstance(error, ServerError) and error.kind == "timeout"
+            return session.server.alive() and not hung
         return True
 
     def _run_alone(self, build: Build, what: str) -> Launch:
@@ -173,7 +175,6 @@ class Campaign:
         try:
             for workload in self._live():
                 self._say(f"{what}: {build.label} {workload.name}")
-
                 if not self._guarded(workload, session, partial(self._ask_one, workload, session)):
                     session = self._reopen(session, what)
         finally:
@@ -186,10 +187,13 @@ class Campaign:
             session.sample(workload)
 
     def _reopen(self, dead: Session, what: str) -> Session:
-        """Start again what died, and go on with the workloads that did not kill it."""
+        """Start again what died or hangs, and go on with the workloads that did not kill it."""
         dead.server.stop()
         session = self._open(dead.server.build, f"{what}, again after a crash")
-        session.launch.samples = {**dead.launch.samples, LAUNCH: session.launch.samples[LAUNCH]}
+        launch = session.launch
+        launch.samples = {**dead.launch.samples, LAUNCH: launch.samples[LAUNCH]}
+        launch.digests = {**dead.launch.digests, **launch.digests}
+        launch.requests += dead.launch.requests
         return session
 
     def _run_block(self, number: int) -> PairedLaunches:
@@ -237,6 +241,8 @@ class Campaign:
                 if not self._guarded(workload, session, partial(step, workload)):
                     sides[side] = self._reopen(session, what)
                 if workload.name in self.failures:
+                    for either in sides.values():
+                        either.launch.samples.pop(workload.name, None)
                     return first
             first += order[0] if pair else ""
         return first

@@ -171,16 +171,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if _CASE not in metafunc.fixturenames:
         return
     state = metafunc.config.stash[STATE]
-    cases: list[Case] = []
+    parameters = []
     try:
         cases = _cases(state, metafunc)
+        parameters = [pytest.param(case, id=case.id, marks=_marks(case)) for case in cases]
     except Exception as error:  # noqa: BLE001 - raised again once collection can fail as a whole
         state.error = state.error or error
-    metafunc.parametrize(
-        _CASE,
-        [pytest.param(case, id=case.id, marks=_marks(case)) for case in cases],
-        indirect=True,
-    )
+    metafunc.parametrize(_CASE, parameters, indirect=True)
 
 
 def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
@@ -199,12 +196,23 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
     for key in ("configs", "workloads"):
         if isinstance(marker.kwargs.get(key), str):
             raise PlanError(f'{name}: llmperf({key}=...) is a list: write ["..."]')
-    return state.suite.cases(marker.kwargs.get("configs"), marker.kwargs.get("workloads"))
+    cases = state.suite.cases(marker.kwargs.get("configs"), marker.kwargs.get("workloads"))
+    if not cases:
+        raise PlanError(f"{name}: llmperf(configs=[]) names no config, so nothing would be gated")
+    return cases
 
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
     names = [*(["gpu"] if case.config.gpu else []), *case.config.marks]
-    return [getattr(pytest.mark, name) for name in dict.fromkeys(names)]
+    try:
+        return [getattr(pytest.mark, name) for name in dict.fromkeys(names)]
+    except (pytest.fail.Exception, AttributeError):
+        from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
+
+        raise PlanError(
+            f"config {case.config.name}: marks = {list(case.config.marks)}: not all of them are "
+            "registered; add them to `markers` in pytest's ini file"
+        ) from None
 
 
 def _case_of(item: pytest.Item) -> Case | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ DEFAULT_BASELINES = "baselines"
 DEFAULT_BUDGET = 300.0
 DEFAULT_LAUNCHES = 3
 DEFAULT_PAIRS = 4
+# A build spec that is a path, not a name, a URL or `pypi:…`.
+_RELATIVE = re.compile(r"^(?![~/])[^:]*/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ def read_settings(
     """
 
     def text(name: str) -> str | None:
-        value = option(f"llmperf_{name}") or ini(f"llmperf_{name}")
+        given = option(f"llmperf_{name}")
+        if given and _RELATIVE.match(str(given)):
+            return str(invoked_from / str(given))
+        value = given or ini(f"llmperf_{name}")
         return str(value) if value else None
 
     def path(name: str, default: str) -> Path:

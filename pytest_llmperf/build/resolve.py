@@ -81,11 +81,14 @@ def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
 
 
 def _label(spec: BuildSpec, number: int, commit: str, sha256: str) -> tuple[str, str]:
-    given = spec.entry.label if spec.entry else None
+    entry = spec.entry
+    given = entry.label if entry else None
+    # The same binaries with other options are another thing to record and compare.
+    variant = f"+{entry.name}" if entry and (entry.options or entry.env) else ""
     if number:
-        return given or f"b{number}", ""
+        return given or f"b{number}{variant}", ""
     fallback = commit if commit != "unknown" else f"sha-{sha256[:8]}" if sha256 else "endpoint"
-    label = given or (spec.entry.name if spec.entry else None) or fallback
+    label = given or (entry.name if entry else None) or fallback
     return label, (
         f"{spec.text} does not know its build number; it is called `{label}` here. "
         "Give it a name with [builds.NAME] label = ... in the suite file."

@@ -12,7 +12,7 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as NVML tells it; ``total_mib`` in MiB."""
+    """One GPU as NVML tells it; ``total_mib`` in MiB, 0 for one that shares the CPU's memory."""
 
     index: int
     name: str
@@ -37,6 +37,14 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _memory(nvml: Any, index: int) -> Any | None:  # noqa: ANN401 - as above
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index))
+    except nvml.NVMLError:
+        # Not supported where CPU and GPU share one memory.
+        return None
+
+
 @cache
 def gpus() -> tuple[Gpu, ...]:
     """Return the GPUs NVML knows, in NVML's order; empty where there are none."""
@@ -47,11 +55,12 @@ def gpus() -> tuple[Gpu, ...]:
     found = []
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = _memory(nvml, index)
         found.append(
             Gpu(
                 index=index,
                 name=_text(nvml.nvmlDeviceGetName(handle)),
-                total_mib=nvml.nvmlDeviceGetMemoryInfo(handle).total // _MIB,
+                total_mib=0 if memory is None else memory.total // _MIB,
                 driver=driver,
             )
         )
@@ -81,12 +90,9 @@ def vram_mib(pids: Collection[int]) -> dict[int, float]:
 
 
 def free_mib() -> dict[int, float]:
-    """Return the free memory of each GPU in MiB, by index."""
+    """Return the free memory of each GPU in MiB, by index; only GPUs with memory of their own."""
     nvml = _nvml()
     if nvml is None:
         return {}
-    return {
-        gpu.index: nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(gpu.index)).free
-        / _MIB
-        for gpu in gpus()
-    }
+    told = {gpu.index: _memory(nvml, gpu.index) for gpu in gpus()}
+    return {index: memory.free / _MIB for index, memory in told.items() if memory is not None}

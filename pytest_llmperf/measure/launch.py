@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -105,8 +106,7 @@ class Session:
         ):
             if value is not None:
                 samples[name] = [float(value)]
-        if self.server.pid is not None:
-            tree = process_tree(self.server.pid)
+        if self.server.pid is not None and (tree := process_tree(self.server.pid)):
             samples["rss_mib"] = [rss_mib(tree)]
             launch.vram = vram_mib([process.pid for process in tree])
             if launch.vram:
@@ -196,7 +196,7 @@ def check(reply: Reply, prompt: int, generate: int, what: str) -> None:
         wrong.append(f"it stopped by {reply.stop_type}, not by the limit")
     if reply.truncated:
         wrong.append("the context overflowed")
-    if reply.prompt_ms <= 0 or reply.predicted_ms <= 0:
+    if not all(0 < ms < math.inf for ms in (reply.prompt_ms, reply.predicted_ms)):
         wrong.append("its timings are not positive")
     if wrong:
         raise CheckError(f"{what}: not a measurement: {'; '.join(wrong)}")

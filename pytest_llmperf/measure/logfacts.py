@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_LOADED = re.compile(r"loaded meta data with .* tensors from (\S+)")
+_LOADED = re.compile(r"loaded meta data with .* tensors from (.+?)(?: \(version GGUF .*)?$")
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 

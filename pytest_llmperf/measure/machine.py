@@ -12,6 +12,8 @@ from pathlib import Path
 from pytest_llmperf.measure.gpu import gpus
 
 _GIB = 1024
+_LONGEST = 52
+"""Characters of a name in a key; a key has 64 at most, with number and size of the GPUs."""
 
 
 @cache
@@ -48,7 +50,8 @@ def _key() -> str:
     cards = gpus()
     if cards:
         name = re.sub(r"\b(nvidia|geforce|tesla|graphics)\b", "", cards[0].name.lower())
-        slug = f"{_slug(name)}-{round(cards[0].total_mib / _GIB)}gb"
+        size = round(cards[0].total_mib / _GIB)
+        slug = f"{_slug(name)}-{size}gb" if size else _slug(name)
         return slug if len(cards) == 1 else f"{len(cards)}x-{slug}"
     # Marks and clock rates say nothing that the model number does not.
     name = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*$|\b\d+-core\b", " ", _cpu().lower())
@@ -56,7 +59,7 @@ def _key() -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_LONGEST].strip("-") or "unknown"
 
 
 @cache

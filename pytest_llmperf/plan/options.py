@@ -25,6 +25,13 @@ OWNED = {
     "api-key": "every server gets a random key of its own",
     "api-key-file": "every server gets a random key of its own",
     "model": "name it with the config's key `model`",
+    **dict.fromkeys(
+        ("hf-repo", "hf-file", "hf-token", "model-url", "docker-repo"),
+        "nothing is downloaded; name a file in [models]",
+    ),
+    **dict.fromkeys(
+        ("models-dir", "models-preset", "models-max"), "a server of this suite serves one model"
+    ),
     "log-file": "every server's log is kept in the run folder",
     "log-disable": "buffer sizes and errors are read from the log",
     "log-jsonl": "buffer sizes and errors are read from the log",

@@ -80,8 +80,11 @@ def failure(result: Result, *, strict: bool) -> str:
     """
     failing = [v for v in result.verdicts if v.outcome.fails(strict=strict)]
     lines = [f"{result.case}: " + ", ".join(f"{v.metric} {v.outcome.value}" for v in failing)]
+    shown: set[str] = set()
     for verdict in failing:
-        lines += ["", *_explain(verdict)]
+        # One cause, such as a server that does not start, fails every metric alike.
+        lines += [] if verdict.reason in shown else ["", *_explain(verdict)]
+        shown.add(verdict.reason)
     lines += ["", f"  build under test  {result.new.about}"]
     if result.new.command:
         lines.append(f"    command         {result.new.command}")

@@ -75,3 +75,19 @@ def test_path_to_a_real_llama_server(project: Project) -> None:
         done = project.run(f"--llmperf-build={spec}", "--baseline=embedded", "-k", "buffers")
         assert set(done.verdicts().values()) <= {"PASS", "IMPROVED"}, done.text
         assert done.results[0]["new"]["build"]["sha256"]
+
+
+def test_variant_of_a_build_has_a_label_of_its_own(project: Project) -> None:
+    """The same binaries with other options are recorded apart."""
+    project.run("--llmperf-build=other", "--update-baselines", "-k", "buffers")
+    [path] = project.baseline_files()
+    assert path.parent.name == "b11549+other"
+
+
+def test_path_is_relative_to_where_pytest_was_called(project: Project) -> None:
+    """A relative path on the command line means what it means in the shell."""
+    program = project.write("sub/llama-server", "#!/bin/sh\necho 'version: 4242 (abc)' >&2\n")
+    program.chmod(0o755)
+    project.pytester.chdir()
+    done = project.run("--llmperf-build=sub/llama-server", "--update-baselines", "-k", "buffers")
+    assert "build under test b4242" in done.text

@@ -93,3 +93,39 @@ def test_env_file_of_a_config(project: Project) -> None:
     assert done.code == 0, done.text
     assert done.results[0]["measured"]["n_ctx"][0] == [1024.0]
     assert "--cache-type-k q8_0" in done.results[0]["new"]["command"]
+
+
+def test_marker_naming_nothing(project: Project) -> None:
+    """An empty list would skip the test, and so pass a gate that measures nothing."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=[])
+        def test_context(memory):
+            memory.gate("n_ctx")
+        """,
+    )
+    done = project.run()
+    assert done.code == 4
+    assert "names no config" in done.text
+
+
+def test_unregistered_mark_of_a_config(project: Project) -> None:
+    """A mark that pytest does not know is named with its config."""
+    path = project.path / "suites" / "llmperf.toml"
+    path.write_text(SUITE.replace("gpu = true", "gpu = true\nmarks = ['slwo']"), "utf-8")
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=["card"])
+        def test_context(memory):
+            memory.gate("n_ctx")
+        """,
+    )
+    done = project.run()
+    assert done.code == 4
+    assert "config card: marks = ['slwo']" in done.text

@@ -1,0 +1,279 @@
+"""What counts as a measurement, the formulas, and a session on a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.fakes import fake_server
+
+from pytest_llmperf.errors import CheckError
+from pytest_llmperf.measure import launch as module
+from pytest_llmperf.measure.launch import Session, check, process_tree, rss_mib, timings
+from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
+from pytest_llmperf.serve.client import Reply
+
+GOOD = Reply(
+    prompt_n=100,
+    prompt_ms=50.0,
+    predicted_n=21,
+    predicted_ms=200.0,
+    cache_n=0,
+    truncated=False,
+    stop_type="limit",
+    ttft_ms=60.0,
+    last_ms=260.0,
+    e2e_ms=265.0,
+    draft_n=None,
+    draft_accepted_n=None,
+    text="",
+)
+SHORT = Workload("short", (Turn(40, 8),))
+TALK = Workload("talk", (Turn(20, 4), Turn(10, 4)))
+WHAT = "c7 on b9000: sample 1"
+
+TIMES = st.floats(1e-3, 1e6)
+REPLIES = st.lists(
+    st.builds(
+        lambda n, m, prompt, predicted, steps: replace(
+            GOOD,
+            prompt_n=n,
+            predicted_n=m,
+            prompt_ms=prompt,
+            predicted_ms=predicted,
+            ttft_ms=steps[0],
+            last_ms=steps[0] + steps[1],
+            e2e_ms=steps[0] + steps[1] + steps[2],
+        ),
+        st.integers(1, 10**5),
+        st.integers(2, 10**4),
+        TIMES,
+        TIMES,
+        st.tuples(TIMES, TIMES, TIMES),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def test_cold_full_length_work_is_a_measurement() -> None:
+    """An answer that is what was asked for passes in silence."""
+    check(GOOD, prompt=100, generate=21, what=WHAT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache_n": 5}, "5 prompt tokens came from a cache"),
+        ({"prompt_n": 95}, "95 of 100 prompt tokens were evaluated"),
+        ({"predicted_n": 20}, "20 of 21 tokens were generated"),
+        ({"stop_type": "eos"}, "it stopped by eos, not by the limit"),
+        ({"truncated": True}, "the context overflowed"),
+        ({"prompt_ms": 0.0}, "its timings are not positive"),
+        ({"predicted_ms": -1.0}, "its timings are not positive"),
+        ({"predicted_ms": float("nan")}, "its timings are not positive"),
+        ({"prompt_ms": float("inf")}, "its timings are not positive"),
+    ],
+)
+def test_every_violation_is_named(fields: Mapping[str, Any], message: str) -> None:
+    """The error names the request and what is wrong with the answer."""
+    with pytest.raises(CheckError) as caught:
+        check(replace(GOOD, **fields), prompt=100, generate=21, what=WHAT)
+    assert str(caught.value) == f"{WHAT}: not a measurement: {message}"
+
+
+def test_all_violations_are_named_together() -> None:
+    """One answer with several faults has them all in one line."""
+    with pytest.raises(CheckError) as caught:
+        check(replace(GOOD, cache_n=5, prompt_n=95, truncated=True), 100, 21, WHAT)
+    assert str(caught.value).count(";") == 2
+
+
+def test_the_formulas_of_one_request() -> None:
+    """20 gaps in 200 ms are 100 tok/s, 100 tokens in 50 ms are 2000 tok/s."""
+    assert timings([GOOD]) == {
+        "decode_tps": 100.0,
+        "prefill_tps": 2000.0,
+        "ttft_ms": 60.0,
+        "itl_ms": 10.0,
+        "e2e_ms": 265.0,
+    }
+
+
+def test_turns_are_summed_before_dividing() -> None:
+    """Speeds are of the sums, TTFT is a mean over the turns, the whole time is a sum."""
+    second = replace(
+        GOOD,
+        prompt_n=300,
+        prompt_ms=150.0,
+        predicted_n=11,
+        predicted_ms=400.0,
+        ttft_ms=160.0,
+        last_ms=560.0,
+        e2e_ms=570.0,
+    )
+    assert timings([GOOD, second]) == pytest.approx(
+        {
+            "decode_tps": 1e3 * 30 / 600,
+            "prefill_tps": 2000.0,
+            "ttft_ms": 110.0,
+            "itl_ms": 20.0,
+            "e2e_ms": 835.0,
+        }
+    )
+
+
+@given(REPLIES, st.floats(0.01, 100))
+def test_twice_as_slow_is_half_the_speed(replies: list[Reply], factor: float) -> None:
+    """All times scaled by a factor scale times by it, and speeds by its inverse."""
+    slower = [
+        replace(
+            reply,
+            prompt_ms=reply.prompt_ms * factor,
+            predicted_ms=reply.predicted_ms * factor,
+            ttft_ms=reply.ttft_ms * factor,
+            last_ms=reply.last_ms * factor,
+            e2e_ms=reply.e2e_ms * factor,
+        )
+        for reply in replies
+    ]
+    before, after = timings(replies), timings(slower)
+    for metric, value in before.items():
+        expected = value / factor if metric.endswith("_tps") else value * factor
+        assert after[metric] == pytest.approx(expected, rel=1e-6)
+
+
+@given(REPLIES)
+def test_a_repeated_turn_changes_no_mean(replies: list[Reply]) -> None:
+    """The same turns twice have the same speeds and mean times, and twice the whole time."""
+    once, twice = timings(replies), timings(replies * 2)
+    assert twice.pop("e2e_ms") == pytest.approx(2 * once.pop("e2e_ms"))
+    assert twice == pytest.approx(once)
+
+
+def test_a_fresh_server_is_settled_and_looked_at(tmp_path: Path) -> None:
+    """Load time, sizes of the log, context and memory of the start are there before any sample."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)))
+        session.settle()
+        launch = session.launch
+        found = launch.samples[LAUNCH]
+        assert found["load_ms"] == [server.load_ms]
+        assert (found["model_mib"], found["kv_mib"], found["compute_mib"]) == ([12.5], [4], [8.25])
+        assert (found["offloaded_layers"], found["n_ctx"]) == ([5.0], [1024.0])
+        assert 1 < found["rss_mib"][0] < 1000
+        assert "vram_mib" not in found
+        assert (launch.build, launch.config, launch.requests) == ("b9000", "one", 1)
+        assert launch.log == str(server.log)
+
+
+def test_samples_are_taken_and_warm_ups_are_not(tmp_path: Path) -> None:
+    """A sample adds one value to every timing metric; a warm-up adds requests only."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(100)))
+        session.warm_up(TALK)
+        assert TALK.name not in session.launch.samples
+        session.sample(TALK)
+        session.sample(TALK)
+        session.sample(SHORT)
+        taken = session.launch.samples
+        assert {len(values) for values in taken["talk"].values()} == {2}
+        assert {len(values) for values in taken["short"].values()} == {1}
+        assert taken["talk"]["decode_tps"] == pytest.approx([750.0, 750.0])
+        assert taken["short"]["prefill_tps"] == pytest.approx([10_000.0])
+        assert session.launch.requests == 7
+        assert session.launch.digests == {
+            "talk": session.script(TALK).digest,
+            "short": session.script(SHORT).digest,
+        }
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("cached#40", "5 prompt tokens came from a cache"),
+        ("short#40", "7 of 8 tokens were generated"),
+        ("truncated#40", "the context overflowed"),
+        ("eos#40", "stopped by eos"),
+    ],
+)
+def test_an_answer_that_must_not_be_counted_is_refused(
+    tmp_path: Path, fault: str, message: str
+) -> None:
+    """The error names config, build, purpose and request."""
+    with fake_server(tmp_path, fault) as server:
+        session = Session(server, list(range(100)))
+        with pytest.raises(CheckError, match=message) as caught:
+            session.sample(SHORT)
+        assert str(caught.value).startswith(
+            "one on b9000: sample 1 of short, request 1 of 1 (prompt 40, generate 8 tokens): "
+        )
+
+
+def test_a_workload_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """A conversation longer than the context is not sent; the error says what to change."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(100)))
+        long = Workload("long", (Turn(1000, 25),))
+        with pytest.raises(CheckError, match="long needs 1025 tokens of context, config one has"):
+            session.sample(long)
+        assert session.launch.requests == 0
+
+
+def test_a_small_context_gets_a_small_probe(tmp_path: Path) -> None:
+    """The first request fits into whatever context the server has."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)))
+        server.props = {"default_generation_settings": {"n_ctx": 64}}
+        session.settle()
+        server.props = {"default_generation_settings": "none"}
+        session.settle()
+        assert session.context() == 0
+        assert "n_ctx" not in session.launch.samples[LAUNCH]
+
+
+def test_memory_of_a_server_that_has_gone_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is recorded, rather than 0 MiB."""
+    monkeypatch.setattr(module, "process_tree", lambda _pid: [])
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)))
+        session.settle()
+        assert "rss_mib" not in session.launch.samples[LAUNCH]
+
+
+def test_gpu_memory_is_summed_over_the_process_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All GPUs together, asked for the server and its children."""
+    asked: list[list[int]] = []
+
+    def held(pids: list[int]) -> dict[int, float]:
+        asked.append(pids)
+        return {0: 100.0, 1: 20.0}
+
+    monkeypatch.setattr(module, "vram_mib", held)
+    with fake_server(tmp_path, "child") as server:
+        session = Session(server, list(range(600)))
+        session.settle()
+        assert session.launch.samples[LAUNCH]["vram_mib"] == [120.0]
+        assert asked[0][0] == server.pid
+        assert len(asked[0]) == 2
+
+
+def test_a_process_tree_is_a_process_and_its_descendants() -> None:
+    """A process that has gone has none; memory is that of all together."""
+    assert process_tree(os.getpid())[0] == psutil.Process()
+    assert rss_mib(process_tree(os.getpid())) > 1
+    with psutil.Popen(["/bin/true"]) as gone:
+        pass
+    assert process_tree(gone.pid) == []
+    assert rss_mib([gone]) == 0

@@ -1,0 +1,87 @@
+"""Token ids of requests: exact lengths, growing history, and a digest that tells them apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.errors import CheckError
+from pytest_llmperf.measure.prompts import write_script
+from pytest_llmperf.plan.config import Turn, Workload
+
+TURNS = st.lists(st.builds(Turn, st.integers(1, 60), st.integers(2, 60)), min_size=1, max_size=4)
+TOKENS = st.lists(st.integers(0, 50_000), min_size=1, max_size=80)
+
+
+def talk(*turns: tuple[int, int], name: str = "talk") -> Workload:
+    """A workload of turns (prompt, generate)."""
+    return Workload(name, tuple(Turn(prompt, generate) for prompt, generate in turns))
+
+
+@given(TURNS, TOKENS)
+def test_lengths_are_exact(turns: list[Turn], tokens: list[int]) -> None:
+    """A turn's prompt is the whole conversation before it and its own new tokens."""
+    script = write_script(Workload("w", tuple(turns)), tokens)
+    assert len(script.requests) == len(turns)
+    before = 0
+    for turn, request in zip(turns, script.requests, strict=True):
+        assert len(request.prompt) == before + turn.prompt
+        assert request.generate == turn.generate
+        before += turn.prompt + turn.generate
+
+
+@given(TURNS, TOKENS)
+def test_the_history_grows(turns: list[Turn], tokens: list[int]) -> None:
+    """Each prompt begins with the one before; all are cut from the stream, repeated if short."""
+    script = write_script(Workload("w", tuple(turns)), tokens)
+    for earlier, later in zip(script.requests, script.requests[1:], strict=False):
+        assert later.prompt[: len(earlier.prompt)] == earlier.prompt
+    for request in script.requests:
+        assert request.prompt == tuple(tokens[i % len(tokens)] for i in range(len(request.prompt)))
+
+
+def test_answers_in_the_history_come_from_the_text() -> None:
+    """Between two turns lie as many tokens of the text as the answer has."""
+    script = write_script(talk((2, 3), (2, 2)), list(range(100)))
+    assert [request.prompt for request in script.requests] == [(0, 1), (0, 1, 2, 3, 4, 5, 6)]
+
+
+@given(TURNS, TOKENS)
+def test_the_same_input_has_the_same_digest(turns: list[Turn], tokens: list[int]) -> None:
+    """The name of the workload is no input, and what lies behind the last prompt is none."""
+    workload = Workload("w", tuple(turns))
+    digest = write_script(workload, tokens).digest
+    assert write_script(replace(workload, name="other", help="text"), tokens).digest == digest
+    needed = list(tokens) * (workload.tokens // len(tokens) + 2)
+    assert write_script(workload, needed).digest == digest
+
+
+@given(TURNS, TOKENS, st.data())
+def test_another_token_has_another_digest(
+    turns: list[Turn], tokens: list[int], data: st.DataObject
+) -> None:
+    """One token that is sent and differs is seen."""
+    workload = Workload("w", tuple(turns))
+    sent = len(write_script(workload, tokens).requests[-1].prompt)
+    index = data.draw(st.integers(0, min(sent, len(tokens)) - 1))
+    other = [*tokens]
+    other[index] += 1
+    assert write_script(workload, other).digest != write_script(workload, tokens).digest
+
+
+@pytest.mark.parametrize(
+    "other", [talk((4, 4)), talk((3, 5)), talk((3, 4), (3, 4)), talk((1, 2), (1, 2))]
+)
+def test_other_lengths_have_another_digest(other: Workload) -> None:
+    """Prompt length, tokens to generate and number of turns all count."""
+    tokens = [5] * 50
+    assert write_script(other, tokens).digest != write_script(talk((3, 4)), tokens).digest
+
+
+def test_without_tokens_there_is_nothing_to_send() -> None:
+    """A tokenizer that makes nothing of the text is an error, not an empty prompt."""
+    with pytest.raises(CheckError, match="no tokens of the shipped text"):
+        write_script(talk((3, 4)), [])

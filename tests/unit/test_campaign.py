@@ -1,0 +1,407 @@
+"""Which servers start when, who is asked first, and what a failure takes with it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from support.fakes import CONFIG, PATIENCE, Journal, fake_command, goes, running, write_program
+
+from pytest_llmperf import campaign as module
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.resolve import resolve
+from pytest_llmperf.build.spec import parse_spec
+from pytest_llmperf.campaign import Campaign
+from pytest_llmperf.errors import BuildError, RunError, ServerError
+from pytest_llmperf.plan.config import LAUNCH, Config, Turn, Workload
+from pytest_llmperf.serve.launch import ServePlan, Server
+
+BASE, NEW = 9000, 9001
+FIRST, SECOND, THIRD = (Workload(f"w{n}", (Turn(n, 4),)) for n in (24, 40, 48))
+
+
+class Coin(random.Random):
+    """A coin that falls as told, then as it likes."""
+
+    def __init__(self, *falls: str) -> None:
+        super().__init__(7)
+        self.falls = list(falls)
+
+    def choice(self, seq: Any) -> Any:  # noqa: ANN401 - as in the standard library
+        """Return the next fall."""
+        return self.falls.pop(0) if self.falls else super().choice(seq)
+
+
+@dataclass
+class Lab:
+    """A folder with fake builds, and campaigns on them."""
+
+    folder: Path
+    journal: Journal = field(init=False)
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.folder / "journal")
+        (self.folder / "model.gguf").write_bytes(b"GGUF")
+
+    def build(self, number: int, faults: str = "", token_ms: float = 1.0) -> Build:
+        """Return a build that is found by its path, as a user's is."""
+        command = fake_command(self.journal, number=number, faults=faults, token_ms=token_ms)
+        program = write_program(self.folder / f"b{number}" / "llama-server", command)
+        spec = parse_spec(str(program), {}, self.folder)
+        return resolve(spec, self.folder / "cache", self.said.append)
+
+    def campaign(
+        self,
+        workloads: Sequence[Workload] = (FIRST, SECOND, THIRD),
+        *,
+        new: str = "",
+        base: str | None = "",
+        config: Config = CONFIG,
+        pairs: int = 2,
+        hang: float = PATIENCE,
+        progress: Callable[[str], None] | None = None,
+        coin: random.Random | None = None,
+    ) -> Campaign:
+        """Return a campaign; ``new`` and ``base`` are the faults of the two builds."""
+        return Campaign(
+            config=config,
+            workloads=workloads,
+            new=self.build(NEW, new, token_ms=2.0),
+            base=None if base is None else self.build(BASE, base),
+            model=self.folder / "model.gguf",
+            serve=ServePlan(
+                self.folder / "run",
+                timeout=PATIENCE,
+                hang=hang,
+                progress=progress or self.said.append,
+            ),
+            pairs=pairs,
+            lock=self.folder / "locks" / "lock",
+            rng=coin or random.Random(7),  # noqa: S311 - a coin, not a key
+        )
+
+    def starts(self, number: int) -> int:
+        """Return how often servers of a build were started."""
+        return self.journal.starts().count(str(number))
+
+    def all_gone(self) -> bool:
+        """Return whether every server that was started has gone."""
+        return all(goes(entry["pid"]) for entry in self.journal.entries("start"))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    """A folder with fake builds."""
+    return Lab(tmp_path)
+
+
+def test_a_block_starts_each_build_once(lab: Lab) -> None:
+    """However many workloads there are, and however often the block is looked at."""
+    campaign = lab.campaign()
+    assert campaign.measured == (0, 0)
+    pair = campaign.block(0)
+    assert (lab.starts(BASE), lab.starts(NEW)) == (1, 1)
+    assert campaign.block(0) is pair
+    assert (lab.starts(BASE), lab.starts(NEW)) == (1, 1)
+    campaign.block(2)
+    assert (lab.starts(BASE), lab.starts(NEW)) == (3, 3)
+    assert campaign.measured == (3, 0)
+    assert campaign.failures == {}
+    assert lab.all_gone()
+
+
+def test_a_block_holds_what_both_builds_did(lab: Lab) -> None:
+    """Both sides have as many samples of every workload, of the same tokens."""
+    pair = lab.campaign().block(0)
+    assert pair.together
+    for launch, label, tps in ((pair.base, "b9000", 750.0), (pair.new, "b9001", 375.0)):
+        assert launch.build == label
+        assert launch.samples.keys() == {LAUNCH, "w24", "w40", "w48"}
+        for workload in ("w24", "w40", "w48"):
+            assert launch.samples[workload]["decode_tps"] == pytest.approx([tps, tps])
+        # The probe, and for each workload a warm-up and two samples.
+        assert launch.requests == 10
+    assert pair.base.digests == pair.new.digests
+    assert pair.base.digests.keys() == {"w24", "w40", "w48"}
+
+
+def test_who_goes_first_is_a_coin_flip(lab: Lab) -> None:
+    """Both orders occur, the record tells them, and it is what the servers saw."""
+    pair = lab.campaign((SECOND,), pairs=12).block(0)
+    order = pair.orders["w40"]
+    assert len(order) == 12
+    assert set(order) == {"b", "n"}
+    asked = lab.journal.asked(40)
+    pairs = [asked[i : i + 2] for i in range(2, len(asked), 2)]
+    assert [{"b": str(BASE), "n": str(NEW)}[first] for first in order] == [p[0] for p in pairs]
+    assert all(sorted(p) == [str(BASE), str(NEW)] for p in pairs)
+
+
+@pytest.mark.parametrize(("fall", "first"), [("bn", BASE), ("nb", NEW)])
+def test_who_starts_first_is_a_coin_flip(lab: Lab, fall: str, first: int) -> None:
+    """The second to start finds warmer file caches, so the coin decides."""
+    lab.campaign((FIRST,), coin=Coin(fall)).block(0)
+    assert lab.journal.starts()[0] == str(first)
+
+
+def test_the_same_seed_flips_the_same(lab: Lab) -> None:
+    """Orders come from the campaign's own coin alone."""
+    one, two = (lab.campaign((FIRST,), pairs=8).block(0).orders for _ in range(2))
+    assert one == two
+
+
+def test_launches_of_one_build_alone(lab: Lab) -> None:
+    """One start a launch, the build under test only, as many samples as pairs."""
+    campaign = lab.campaign(base=None)
+    launch = campaign.launch(1)
+    assert (lab.starts(BASE), lab.starts(NEW)) == (0, 2)
+    assert campaign.measured == (0, 2)
+    assert campaign.launch(1) is launch
+    assert {len(launch.samples[w]["ttft_ms"]) for w in ("w24", "w40", "w48")} == {2}
+    with pytest.raises(RunError, match="no second build"):
+        campaign.block(0)
+    assert lab.all_gone()
+
+
+@pytest.mark.parametrize("side", ["base", "new"])
+def test_a_workload_that_is_refused_stops_no_other(lab: Lab, side: str) -> None:
+    """HTTP 500 to one workload on either side fails that one, on both sides; nothing restarts."""
+    campaign = lab.campaign(**{side: "http500#40"})
+    pair = campaign.block(0)
+    assert campaign.failures.keys() == {"w40"}
+    assert "HTTP 500: Failed to parse input" in str(campaign.failures["w40"])
+    for launch in (pair.base, pair.new):
+        assert launch.samples.keys() == {LAUNCH, "w24", "w48"}
+    assert (lab.starts(BASE), lab.starts(NEW)) == (1, 1)
+    asked = len(lab.journal.asked(40))
+    campaign.block(1)
+    assert len(lab.journal.asked(40)) == asked
+
+
+def test_a_failure_after_samples_takes_them_along(lab: Lab) -> None:
+    """A workload that fails late leaves no part of its samples on either side."""
+    # The probe, four of w24, two of w40 and then its second sample.
+    campaign = lab.campaign((SECOND,), new="http500@4", pairs=4)
+    pair = campaign.block(0)
+    assert campaign.failures.keys() == {"w40"}
+    assert pair.base.samples.keys() == pair.new.samples.keys() == {LAUNCH}
+
+
+def test_a_refused_workload_of_a_single_launch_stops_no_other(lab: Lab) -> None:
+    """The same holds where one build is measured alone."""
+    campaign = lab.campaign(base=None, new="cached#40")
+    launch = campaign.launch(0)
+    assert "came from a cache" in str(campaign.failures["w40"])
+    assert launch.samples.keys() == {LAUNCH, "w24", "w48"}
+    assert lab.starts(NEW) == 1
+
+
+@pytest.mark.parametrize("fault", ["crash#40", "exit#40", "hang#40"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_server_that_dies_or_hangs_is_started_again(lab: Lab, fault: str, *, alone: bool) -> None:
+    """The workload that killed it fails; those before it stay, those after it are measured."""
+    campaign = lab.campaign(new=fault, base=None if alone else "", hang=1.0)
+    launch = campaign.launch(0) if alone else campaign.block(0).new
+    assert campaign.failures.keys() == {"w40"}
+    assert ("hung" in str(campaign.failures["w40"])) == fault.startswith("hang")
+    assert launch.samples.keys() == {LAUNCH, "w24", "w48"}
+    assert launch.digests.keys() >= {"w24", "w48"}
+    assert {len(launch.samples[w]["ttft_ms"]) for w in ("w24", "w48")} == {2}
+    assert lab.starts(NEW) == 2
+    assert lab.starts(BASE) == (0 if alone else 1)
+    # The probe and three of w24 before the end; the probe and three of w48 after it.
+    assert launch.requests == 8
+    # It is not asked again, so nothing dies of it again.
+    _ = campaign.launch(1) if alone else campaign.block(1)
+    assert lab.starts(NEW) == 3
+    assert lab.all_gone()
+
+
+def test_a_server_that_cannot_start_again_ends_the_campaign(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the whole config has failed, and the other build's server is stopped too."""
+    campaign = lab.campaign(new="crash#40")
+    original = module.start
+    started: list[Server] = []
+
+    def start(*arguments: Any, **named: Any) -> Server:  # noqa: ANN401 - passed on
+        if len(started) == 2:
+            raise ServerError("no more", kind="start")
+        started.append(original(*arguments, **named))
+        return started[-1]
+
+    monkeypatch.setattr(module, "start", start)
+    with pytest.raises(ServerError, match="no more"):
+        campaign.block(0)
+    assert campaign.failures.keys() == {"w40", LAUNCH}
+    assert lab.all_gone()
+
+
+def test_a_config_that_cannot_start_is_not_tried_again(lab: Lab) -> None:
+    """Every later test of the config gets the same error at once."""
+    campaign = lab.campaign(new="start-exit", base=None)
+    with pytest.raises(ServerError, match="exit code 3") as first:
+        campaign.launch(0)
+    with pytest.raises(ServerError) as second:
+        campaign.launch(0)
+    assert second.value is first.value
+    with pytest.raises(ServerError):
+        campaign.block(0)
+    assert lab.starts(NEW) == 1
+
+
+@pytest.mark.parametrize(("base", "new"), [("start-exit", ""), ("", "start-exit")])
+def test_one_build_that_cannot_start_stops_the_other(lab: Lab, base: str, new: str) -> None:
+    """No server is left, whichever started first."""
+    campaign = lab.campaign(base=base, new=new, coin=Coin("bn" if new else "nb"))
+    with pytest.raises(ServerError, match="exit code 3"):
+        campaign.block(0)
+    assert campaign.measured == (0, 0)
+    assert lab.all_gone()
+
+
+def test_an_option_that_a_build_lacks_is_the_configs_failure(lab: Lab) -> None:
+    """A BuildError, told once, without a server."""
+    campaign = lab.campaign(config=replace(CONFIG, options={"no-such-option": 1}), base=None)
+    for _ in range(2):
+        with pytest.raises(BuildError, match="config one: build b9001 has no option"):
+            campaign.launch(0)
+    assert lab.journal.starts() == []
+
+
+def test_a_server_that_fails_the_probe_is_stopped(lab: Lab) -> None:
+    """A server that cannot answer anything fails the config and does not stay."""
+    campaign = lab.campaign(new="http500", base=None)
+    with pytest.raises(ServerError, match="probe"):
+        campaign.launch(0)
+    assert lab.all_gone()
+
+
+def test_ctrl_c_stops_the_servers(lab: Lab) -> None:
+    """An interruption in the middle of a block leaves no server, and fails nothing for good."""
+
+    def interrupt(text: str) -> None:
+        if "against" in text and lab.starts(NEW) == 1:
+            raise KeyboardInterrupt
+
+    campaign = lab.campaign((FIRST,), progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        campaign.block(0)
+    assert (lab.starts(BASE), lab.starts(NEW)) == (1, 1)
+    assert lab.all_gone()
+    assert campaign.failures == {}
+    assert campaign.block(0).new.samples["w24"]
+
+
+def test_one_run_measures_at_a_time(lab: Lab) -> None:
+    """While another holds the lock the user is told, and no server is started."""
+    waiting = Event()
+
+    def progress(text: str) -> None:
+        if "waiting for another run" in text:
+            waiting.set()
+
+    campaign = lab.campaign((FIRST,), base=None, progress=progress)
+    thread = Thread(target=campaign.launch, args=(0,), daemon=True)
+    with FileLock(lab.folder / "locks" / "lock"):
+        thread.start()
+        assert waiting.wait(PATIENCE)
+        assert lab.journal.starts() == []
+    thread.join(PATIENCE)
+    assert campaign.measured == (0, 1)
+
+
+def test_the_lock_is_free_between_blocks(lab: Lab) -> None:
+    """Another run may measure between two blocks, also after a failure."""
+    campaign = lab.campaign((FIRST,), base=None)
+    campaign.launch(0)
+    with FileLock(campaign.lock, timeout=0):
+        pass
+    failing = lab.campaign((FIRST,), base=None, new="start-exit")
+    with pytest.raises(ServerError):
+        failing.launch(0)
+    with FileLock(failing.lock, timeout=0):
+        pass
+
+
+def test_another_server_of_ours_is_stopped_first(lab: Lab) -> None:
+    """Before a server is measured, the one that tests use has to go."""
+    campaign = lab.campaign((FIRST,), base=None)
+    seen: list[int] = []
+    campaign.before = lambda: seen.append(len(lab.journal.starts()))
+    campaign.launch(1)
+    campaign.launch(0)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(("fall", "first"), [("bn", BASE), ("nb", NEW)])
+def test_builds_that_do_not_fit_together_alternate(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, fall: str, first: int
+) -> None:
+    """One is started, measured and stopped, then the other; the coin says which is first."""
+    memory = SimpleNamespace(available=0)
+    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    campaign = lab.campaign((FIRST, SECOND), coin=Coin(fall))
+    alive: list[list[bool]] = []
+
+    def look(_text: str) -> None:
+        alive.append([running(entry["pid"]) for entry in lab.journal.entries("start")])
+
+    campaign.serve = replace(campaign.serve, progress=look)
+    pair = campaign.block(0)
+    assert not pair.together
+    assert max(map(sum, alive)) == 1
+    assert lab.journal.starts()[0] == str(first)
+    assert pair.orders == {"w24": fall[0], "w40": fall[0]}
+    assert (pair.base.build, pair.new.build) == ("b9000", "b9001")
+    for launch in (pair.base, pair.new):
+        assert {len(launch.samples[w]["ttft_ms"]) for w in ("w24", "w40")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "free", "fits"),
+    [
+        (False, 10_000, {}, True),
+        (False, 3_000, {}, False),
+        (True, 10_000, {}, False),
+        (True, 10_000, {0: 80_000.0}, True),
+        (True, 10_000, {0: 80_000.0, 1: 5_000.0}, False),
+        (True, 3_000, {0: 80_000.0}, False),
+    ],
+)
+def test_what_fits_together(
+    lab: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    gpu: bool,
+    host: int,
+    free: dict[int, float],
+    fits: bool,
+) -> None:
+    """Both models need room in memory, and far more than that on every GPU; unknown is no."""
+    memory = SimpleNamespace(available=host * 2**20)
+    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr(module, "free_mib", lambda: free)
+    campaign = lab.campaign(config=replace(CONFIG, gpu=gpu))
+    with campaign.model.open("ab") as file:
+        file.truncate(1000 * 2**20)
+    assert campaign._fits_twice() is fits
+
+
+def test_a_running_server_needs_no_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint has loaded its model already, so nothing has to fit."""
+    memory = SimpleNamespace(available=0)
+    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    campaign = lab.campaign()
+    assert not campaign._fits_twice()
+    campaign.base = Build("there", 0, "unknown", "http://h:1", "", url="http://h:1")
+    assert campaign._fits_twice()
