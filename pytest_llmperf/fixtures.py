@@ -59,6 +59,8 @@ class Gate:
             result = self._run.gate(node.nodeid, self.case, {m: own.get(m) for m in metrics})
         except PlanError as error:
             pytest.fail(f"{node.nodeid}: {error}", pytrace=False)
+        finally:
+            self._run.progress.clear()
         node.user_properties.append((PROPERTY, result.dumps()))
         self._replay(result)
         if any(v.outcome.fails(strict=self._run.settings.strict) for v in result.verdicts):

@@ -9,10 +9,11 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import devices_of
@@ -46,7 +47,15 @@ from pytest_llmperf.settings import Settings
 
 _KEPT_RUNS = 10
 
-Progress = Callable[[str], None]
+
+class Progress(Protocol):
+    """Says what goes on."""
+
+    def __call__(self, text: str) -> None:
+        """Show ``text`` for as long as nothing newer comes."""
+
+    def clear(self) -> None:
+        """Wipe what is shown."""
 
 
 def check_baseline_name(settings: Settings, suite: Suite) -> None:

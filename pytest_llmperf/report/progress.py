@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class Progress:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         self._reporter: pytest.TerminalReporter | None = reporter
         self._last = 0.0
+        self._shown = False
 
     def __call__(self, text: str) -> None:
         """Show ``text`` for as long as nothing newer comes."""
@@ -39,10 +41,18 @@ class Progress:
             return
         now = time.monotonic()
         if reporter.isatty:
-            self._write(f"llmperf: {text}", transient=True)
+            # pytest's own line, `test_speed.py ...`, stays as it is; ours comes below it.
+            self._write(f"llmperf: {text}", transient=True, below=not self._shown)
+            self._shown = True
         elif now - self._last >= _EVERY:
             self._last = now
             self._write(f"llmperf: {text}", transient=False)
+
+    def clear(self) -> None:
+        """Wipe the overwritten line, so that pytest goes on with its own."""
+        if self._shown:
+            self._shown = False
+            self._write("", transient=True)
 
     def announce(self, run: Announced) -> None:
         """Write what is compared with what, before the first test."""
@@ -50,14 +60,18 @@ class Progress:
             for line in run.headline:
                 self._write(f"llmperf: {line}", transient=False)
 
-    def _write(self, text: str, *, transient: bool) -> None:
+    def _write(self, text: str, *, transient: bool, below: bool = False) -> None:
         reporter = self._reporter
         if reporter is None:
             return
         with self._capture.global_and_fixture_disabled():
+            if below:
+                reporter.ensure_newline()
             if transient:
-                width = 100
+                width = shutil.get_terminal_size().columns - 1
                 reporter.rewrite(text[:width], erase=True)
+                if not text:
+                    reporter.rewrite("")
             else:
                 reporter.ensure_newline()
                 reporter.write_line(text)

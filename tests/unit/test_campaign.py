@@ -21,7 +21,7 @@ from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign import Campaign
 from pytest_llmperf.errors import BuildError, RunError, ServerError
 from pytest_llmperf.plan.config import LAUNCH, Config, Turn, Workload
-from pytest_llmperf.serve.launch import ServePlan, Server
+from pytest_llmperf.serve.launch import ServePlan, Server, start
 
 BASE, NEW = 9000, 9001
 FIRST, SECOND, THIRD = (Workload(f"w{n}", (Turn(n, 4),)) for n in (24, 40, 48))
@@ -174,7 +174,8 @@ def test_launches_of_one_build_alone(lab: Lab) -> None:
 @pytest.mark.parametrize("side", ["base", "new"])
 def test_a_workload_that_is_refused_stops_no_other(lab: Lab, side: str) -> None:
     """HTTP 500 to one workload on either side fails that one, on both sides; nothing restarts."""
-    campaign = lab.campaign(**{side: "http500#40"})
+    fault = "http500#40"
+    campaign = lab.campaign(base=fault * (side == "base"), new=fault * (side == "new"))
     pair = campaign.block(0)
     assert campaign.failures.keys() == {"w40"}
     assert "HTTP 500: Failed to parse input" in str(campaign.failures["w40"])
@@ -188,7 +189,7 @@ def test_a_workload_that_is_refused_stops_no_other(lab: Lab, side: str) -> None:
 
 def test_a_failure_after_samples_takes_them_along(lab: Lab) -> None:
     """A workload that fails late leaves no part of its samples on either side."""
-    # The probe, four of w24, two of w40 and then its second sample.
+    # The probe, the warm-up and a sample go well.
     campaign = lab.campaign((SECOND,), new="http500@4", pairs=4)
     pair = campaign.block(0)
     assert campaign.failures.keys() == {"w40"}
@@ -230,16 +231,15 @@ def test_a_server_that_cannot_start_again_ends_the_campaign(
 ) -> None:
     """Then the whole config has failed, and the other build's server is stopped too."""
     campaign = lab.campaign(new="crash#40")
-    original = module.start
     started: list[Server] = []
 
-    def start(*arguments: Any, **named: Any) -> Server:  # noqa: ANN401 - passed on
+    def twice(*arguments: Any) -> Server:  # noqa: ANN401 - passed on
         if len(started) == 2:
             raise ServerError("no more", kind="start")
-        started.append(original(*arguments, **named))
+        started.append(start(*arguments))
         return started[-1]
 
-    monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(module, "start", twice)
     with pytest.raises(ServerError, match="no more"):
         campaign.block(0)
     assert campaign.failures.keys() == {"w40", LAUNCH}

@@ -1,0 +1,539 @@
+"""From a metric of a case to its verdict, on launches that were made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.campaign import Campaign, PairedLaunches
+from pytest_llmperf.errors import LlmperfError, PlanError, ServerError
+from pytest_llmperf.gate import (
+    Absent,
+    Comparison,
+    Question,
+    Record,
+    SideBySide,
+    Stored,
+    differences,
+    pooled_prior,
+    samples_of,
+    to_block,
+)
+from pytest_llmperf.judge.sequential import DEFAULT_PLAN
+from pytest_llmperf.judge.store import Baseline, Recorded
+from pytest_llmperf.judge.verdict import Outcome, Verdict
+from pytest_llmperf.measure.launch import Launch
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.plan.config import LAUNCH, Case, Config, Turn, Workload
+
+CONFIG = Config("c7", "model")
+CASE = Case(CONFIG, Workload("short", (Turn(64, 64),)))
+ALONE = Case(CONFIG, None)
+FINGERPRINT = {"machine": "lab", "options": "threads=1"}
+BUDGET = 3600.0
+
+Values = Callable[[int], list[float]]
+"""Index of a launch or block to the samples of one side."""
+
+
+def around(value: float, spread: float = 0.002) -> Values:
+    """Two samples a launch that differ a little from launch to launch."""
+
+    def values(index: int) -> list[float]:
+        wobble = spread * (-1, 0, 1)[index % 3]
+        return [value * (1 + wobble), value * (1 + wobble) * 1.001]
+
+    return values
+
+
+HUNDRED = around(100.0)
+
+
+def then(first: Values, count: int, second: Values) -> Values:
+    """The first so many launches like this, the others like that."""
+    return lambda index: first(index) if index < count else second(index)
+
+
+def launch_of(build: str, workload: str, metric: str, values: Sequence[float]) -> Launch:
+    """A launch with samples of one metric."""
+    samples = {workload: {metric: list(values)}} if values else {}
+    return Launch(build, "c7", "llama-server", "", 0.0, samples=samples)
+
+
+@dataclass
+class Canned:
+    """In place of a campaign: launches and blocks of made-up samples of one metric."""
+
+    metric: str
+    new: Values
+    base: Values = HUNDRED
+    workload: str = "short"
+    together: bool = True
+    error: LlmperfError | None = None
+    failures: dict[str, LlmperfError] = field(default_factory=dict)
+    launches: int = 0
+    blocks: int = 0
+
+    @property
+    def measured(self) -> tuple[int, int]:
+        """How many blocks and launches were measured."""
+        return self.blocks, self.launches
+
+    def launch(self, index: int) -> Launch:
+        """Return a launch of the build under test."""
+        if self.error is not None:
+            raise self.error
+        self.launches = max(self.launches, index + 1)
+        return launch_of("b2", self.workload, self.metric, self.new(index))
+
+    def block(self, index: int) -> PairedLaunches:
+        """Return a block."""
+        if self.error is not None:
+            raise self.error
+        self.blocks = max(self.blocks, index + 1)
+        return PairedLaunches(
+            base=launch_of("b1", self.workload, self.metric, self.base(index)),
+            new=launch_of("b2", self.workload, self.metric, self.new(index)),
+            together=self.together,
+            orders={self.workload: "bn"},
+        )
+
+
+def ask(
+    canned: Canned,
+    comparison: Comparison,
+    *,
+    case: Case = CASE,
+    budget: float = BUDGET,
+    launches: int = 3,
+    fingerprint: Mapping[str, str] | None = None,
+) -> Verdict:
+    """Ask about the canned metric, with its own tolerance."""
+    metric = METRICS[canned.metric]
+    return Question(
+        campaign=cast("Campaign", canned),
+        case=case,
+        metric=metric,
+        tolerance=metric.tolerance,
+        budget=budget,
+        launches=launches,
+        fingerprint=lambda _launch: FINGERPRINT if fingerprint is None else fingerprint,
+    ).answer(comparison)
+
+
+def entry(metric: str, values: Values | None, value: float, count: int = 5) -> Recorded:
+    """What a baseline holds of a metric; without values a published figure."""
+    launches = None if values is None else tuple(tuple(values(i)) for i in range(count))
+    return Recorded(METRICS[metric].unit, METRICS[metric].better, launches, value)
+
+
+def stored(
+    results: Mapping[str, Mapping[str, Recorded]],
+    *,
+    by: str = "measured",
+    fingerprints: Mapping[str, Mapping[str, str]] | None = None,
+) -> Stored:
+    """A recorded baseline."""
+    known = dict.fromkeys(results, FINGERPRINT) if fingerprints is None else fingerprints
+    baseline = Baseline(
+        build={"label": "b1"},
+        machine={"key": "lab"},
+        recorded={"at": "2026-02-27", "by": by, "source": "a report"},
+        results=results,
+        fingerprints=known,
+    )
+    return Stored(baseline, "b1", "baselines/b1/lab.json")
+
+
+SPEED = stored({CASE.key: {"decode_tps": entry("decode_tps", around(100.0), 100.0)}})
+
+
+# -- without a comparison ---------------------------------------------------------------------
+
+
+def test_recording_takes_the_launches_that_are_asked_for() -> None:
+    """Nothing is compared; as many launches as the ini says."""
+    canned = Canned("decode_tps", around(80.0))
+    verdict = ask(canned, Record(), launches=4)
+    assert verdict.outcome is Outcome.RECORDED
+    assert (verdict.launches_new, verdict.samples_new, canned.launches) == (4, 8, 4)
+    assert verdict.new == pytest.approx(80.0, rel=0.01)
+
+
+def test_nothing_to_compare_with_measures_nothing() -> None:
+    """A missing baseline fails at once, with the command that mends it."""
+    canned = Canned("decode_tps", around(80.0))
+    verdict = ask(canned, Absent("record it with `pytest --update-baselines`"))
+    assert verdict.outcome is Outcome.MISSING
+    assert "--update-baselines" in verdict.reason
+    assert canned.measured == (0, 0)
+
+
+def test_a_quality_metric_is_refused() -> None:
+    """Perplexity is not what a speed test measures: an error, not a pass."""
+    canned = Canned("ppl", around(8.0))
+    verdict = ask(canned, SPEED)
+    assert verdict.outcome is Outcome.ERROR
+    assert "ppl is not measured by a speed or memory test" in verdict.reason
+    assert canned.measured == (0, 0)
+
+
+# -- recorded launches ------------------------------------------------------------------------
+
+
+def test_the_same_speed_passes() -> None:
+    """Shown to be within tolerance on the launches asked for, without one more."""
+    canned = Canned("decode_tps", around(100.0))
+    verdict = ask(canned, SPEED)
+    assert (verdict.outcome, verdict.mode) == (Outcome.PASS, "stored")
+    assert canned.launches == 3
+
+
+@pytest.mark.parametrize(("metric", "worse"), [("decode_tps", 65.0), ("ttft_ms", 150.0)])
+def test_a_regression_is_confirmed_on_fresh_launches(metric: str, worse: float) -> None:
+    """What raised the suspicion has no part in its confirmation."""
+    canned = Canned(metric, around(worse))
+    verdict = ask(canned, stored({CASE.key: {metric: entry(metric, around(100.0), 100.0)}}))
+    assert verdict.outcome is Outcome.REGRESSION
+    assert canned.launches == 6
+    assert verdict.launches_new == 3
+
+
+def test_a_faster_build_is_an_improvement() -> None:
+    """It passes and says that the baseline is stale."""
+    verdict = ask(Canned("decode_tps", around(130.0)), SPEED)
+    assert verdict.outcome is Outcome.IMPROVED
+    assert "stale" in verdict.reason
+
+
+def test_a_suspicion_that_fresh_launches_refute_passes() -> None:
+    """Three slow launches, then three like the baseline's: what counts is the second look."""
+    canned = Canned("decode_tps", then(around(65.0), 3, around(100.0)))
+    verdict = ask(canned, SPEED)
+    assert verdict.outcome is Outcome.PASS
+    assert canned.launches == 6
+
+
+def test_a_suspicion_that_is_neither_confirmed_nor_refuted_is_told() -> None:
+    """Then nothing was shown; the first look is kept as evidence."""
+    canned = Canned("decode_tps", then(around(65.0), 3, around(95.3, spread=0.02)))
+    verdict = ask(canned, SPEED)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "a first look showed a regression, fresh launches did not confirm it" in verdict.reason
+    suspicion = verdict.evidence["suspicion"]
+    assert isinstance(suspicion, dict)
+    assert suspicion["outcome"] == "REGRESSION"
+
+
+@pytest.mark.parametrize(("budget", "launches"), [(BUDGET, 6), (0.0, 3), (-1.0, 3)])
+def test_an_unclear_result_is_measured_again_within_the_budget(
+    budget: float, launches: int
+) -> None:
+    """Up to twice the launches asked for, none beyond them once the budget is spent."""
+    canned = Canned("decode_tps", around(95.3, spread=0.02))
+    verdict = ask(canned, SPEED, budget=budget)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert canned.launches == launches
+
+
+def test_measuring_again_can_make_it_clear() -> None:
+    """It ends with the launch that shows it."""
+    canned = Canned("decode_tps", then(around(100.0, spread=0.04), 3, around(100.0)))
+    verdict = ask(canned, SPEED)
+    assert verdict.outcome is Outcome.PASS
+    assert 3 < canned.launches <= 6
+
+
+def test_other_cases_make_a_few_recorded_launches_count() -> None:
+    """Two launches say nothing of their spread; those of the metric's other cases do."""
+    few = {"decode_tps": entry("decode_tps", around(100.0), 100.0, count=2)}
+    lone = ask(Canned("decode_tps", around(100.0)), stored({CASE.key: few}))
+    assert lone.outcome is Outcome.INCONCLUSIVE
+    assert "record 1 more" in lone.reason
+    others = {
+        f"other{i}/short": {"decode_tps": entry("decode_tps", around(50.0 * i), 50.0 * i)}
+        for i in (1, 2, 3)
+    }
+    assert ask(Canned("decode_tps", around(100.0)), stored({CASE.key: few, **others})).outcome is (
+        Outcome.PASS
+    )
+
+
+def test_a_deterministic_value_takes_one_launch() -> None:
+    """Buffer sizes are compared exactly, with the metric's slack."""
+    baseline = stored({ALONE.key: {"kv_mib": entry("kv_mib", lambda _: [320.0], 320.0)}})
+    for size, outcome in (
+        (320.0, Outcome.PASS),
+        (320.9, Outcome.PASS),
+        (352.0, Outcome.REGRESSION),
+        (288.0, Outcome.IMPROVED),
+    ):
+        canned = Canned("kv_mib", around(size, spread=0), workload=LAUNCH)
+        verdict = ask(canned, baseline, case=ALONE)
+        assert (verdict.outcome, verdict.mode, canned.launches) == (outcome, "exact", 1)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "words"),
+    [
+        ({**FINGERPRINT, "options": "threads=4"}, "options: threads=4 -> threads=1"),
+        ({"machine": "lab"}, "options: unknown -> threads=1"),
+        ({**FINGERPRINT, "driver": "580"}, "driver: 580 -> unknown"),
+    ],
+)
+def test_another_fingerprint_is_incomparable(recorded: dict[str, str], words: str) -> None:
+    """What differs is named, and one launch is enough to see it."""
+    canned = Canned("decode_tps", around(100.0))
+    results = {CASE.key: {"decode_tps": entry("decode_tps", around(100.0), 100.0)}}
+    verdict = ask(canned, stored(results, fingerprints={CASE.key: recorded}))
+    assert verdict.outcome is Outcome.INCOMPARABLE
+    assert words in verdict.reason
+    assert canned.launches == 1
+
+
+def test_a_baseline_without_fingerprints_is_incomparable() -> None:
+    """Measured launches of unknown conditions show nothing."""
+    results = {CASE.key: {"decode_tps": entry("decode_tps", around(100.0), 100.0)}}
+    verdict = ask(Canned("decode_tps", around(100.0)), stored(results, fingerprints={}))
+    assert verdict.outcome is Outcome.INCOMPARABLE
+
+
+@pytest.mark.parametrize(
+    "results",
+    [{}, {CASE.key: {"ttft_ms": entry("ttft_ms", around(9.0), 9.0)}}],
+)
+def test_a_metric_that_was_not_recorded_is_missing(
+    results: dict[str, dict[str, Recorded]],
+) -> None:
+    """The verdict names file, metric and case, and how to record it; nothing is measured."""
+    canned = Canned("decode_tps", around(100.0))
+    verdict = ask(canned, stored(results))
+    assert verdict.outcome is Outcome.MISSING
+    assert "baselines/b1/lab.json has no decode_tps for c7/short" in verdict.reason
+    assert "--update-baselines" in verdict.reason
+    assert canned.launches == 0
+
+
+# -- published figures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("speed", "outcome"),
+    [(98.0, Outcome.PASS), (80.0, Outcome.REGRESSION), (120.0, Outcome.IMPROVED)],
+)
+def test_a_published_figure_is_compared_by_tolerance(speed: float, outcome: Outcome) -> None:
+    """No samples stand behind it, and it has no fingerprint; the verdict says so."""
+    results = {CASE.key: {"decode_tps": entry("decode_tps", None, 100.0)}}
+    canned = Canned("decode_tps", around(speed))
+    verdict = ask(canned, stored(results, by="published", fingerprints={}))
+    assert (verdict.outcome, verdict.mode) == (outcome, "published")
+    assert canned.launches == 3
+    assert "published figure with no samples" in verdict.reason
+
+
+def test_a_figure_that_a_report_does_not_give_is_inconclusive() -> None:
+    """A report of the case without this figure shows nothing either way: no failure."""
+    results = {CASE.key: {"decode_tps": entry("decode_tps", None, 100.0)}}
+    canned = Canned("itl_ms", around(9.0))
+    verdict = ask(canned, stored(results, by="published", fingerprints={}))
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "the report behind b1 gives no itl_ms for c7/short" in verdict.reason
+    assert canned.launches == 0
+
+
+def test_a_case_that_a_report_does_not_give_is_missing() -> None:
+    """A report of other cases only is no baseline of this one."""
+    results = {"other/short": {"decode_tps": entry("decode_tps", None, 100.0)}}
+    verdict = ask(Canned("decode_tps", around(100.0)), stored(results, by="published"))
+    assert verdict.outcome is Outcome.MISSING
+
+
+# -- side by side -----------------------------------------------------------------------------
+
+
+def test_equal_builds_pass_side_by_side() -> None:
+    """It takes two blocks at least, and no more than the plan has."""
+    canned = Canned("decode_tps", around(100.0))
+    verdict = ask(canned, SideBySide())
+    assert (verdict.outcome, verdict.mode) == (Outcome.PASS, "side-by-side")
+    assert DEFAULT_PLAN.min_blocks <= canned.blocks <= DEFAULT_PLAN.max_blocks
+
+
+def test_a_slowdown_is_confirmed_on_fresh_blocks() -> None:
+    """One block raises the suspicion, two others confirm it."""
+    canned = Canned("decode_tps", around(65.0))
+    verdict = ask(canned, SideBySide())
+    assert verdict.outcome is Outcome.REGRESSION
+    assert "confirmed on fresh blocks" in verdict.reason
+    assert canned.blocks == 3
+    blocks = verdict.evidence["blocks"]
+    assert isinstance(blocks, list)
+    assert [block["phase"] for block in blocks] == ["screen", "confirm", "confirm"]
+
+
+def test_a_slowdown_of_one_block_is_not_confirmed() -> None:
+    """A start that ran slow once is no regression."""
+    canned = Canned("decode_tps", then(around(65.0), 1, around(100.0)))
+    verdict = ask(canned, SideBySide())
+    assert verdict.outcome is not Outcome.REGRESSION
+    assert canned.blocks >= 3
+
+
+def test_a_spent_budget_is_inconclusive() -> None:
+    """The first block is always measured, the confirmation no longer; the reason says why."""
+    canned = Canned("decode_tps", around(65.0))
+    verdict = ask(canned, SideBySide(), budget=-1.0)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "budget was spent before this slowdown could be confirmed" in verdict.reason
+    assert "--llmperf-budget" in verdict.reason
+    assert canned.blocks == 1
+
+
+def test_blocks_that_others_measured_cost_nothing() -> None:
+    """A spent budget keeps from measuring, not from using what is there."""
+    canned = Canned("decode_tps", around(65.0), blocks=3)
+    assert ask(canned, SideBySide(), budget=-1.0).outcome is Outcome.REGRESSION
+    assert canned.blocks == 3
+
+
+def test_a_deterministic_value_takes_one_block() -> None:
+    """It is compared exactly, and both builds are of this run, so no fingerprint is asked."""
+    canned = Canned(
+        "offloaded_layers", new=lambda _: [65.0], base=lambda _: [66.0], workload=LAUNCH
+    )
+    verdict = ask(canned, SideBySide(), case=ALONE)
+    assert (verdict.outcome, verdict.mode) == (Outcome.REGRESSION, "exact")
+    assert canned.blocks == 1
+
+
+def test_memory_is_judged_side_by_side() -> None:
+    """One value a start; within the metric's slack it passes."""
+    canned = Canned("rss_mib", new=lambda _: [102.0], base=lambda _: [100.0], workload=LAUNCH)
+    assert ask(canned, SideBySide(), case=ALONE).outcome is Outcome.PASS
+
+
+# -- what cannot be measured ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comparison", [Record(), SPEED, SideBySide()])
+def test_a_server_that_fails_is_an_error(comparison: Comparison) -> None:
+    """The verdict is ERROR with the server's text, whatever it is compared with."""
+    canned = Canned("decode_tps", around(1.0), error=ServerError("it died\n  log: x.log"))
+    verdict = ask(canned, comparison)
+    assert verdict.outcome is Outcome.ERROR
+    assert "it died\n  log: x.log" in verdict.reason
+
+
+@pytest.mark.parametrize("comparison", [Record(), SPEED, SideBySide()])
+def test_a_workload_that_failed_is_an_error(comparison: Comparison) -> None:
+    """A failure of this workload counts, also where the server lived on."""
+    canned = Canned("decode_tps", around(1.0), failures={"short": ServerError("HTTP 500")})
+    verdict = ask(canned, comparison)
+    assert verdict.outcome is Outcome.ERROR
+    assert "HTTP 500" in verdict.reason
+
+
+def test_a_failure_of_another_workload_does_not_count() -> None:
+    """Each workload answers for itself."""
+    canned = Canned("decode_tps", around(100.0), failures={"long": ServerError("HTTP 500")})
+    assert ask(canned, SPEED).outcome is Outcome.PASS
+
+
+@pytest.mark.parametrize("comparison", [Record(), SideBySide()])
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("vram_mib", "NVML tells no GPU memory"),
+        ("offloaded_layers", "a build for the CPU offloads none"),
+        ("load_ms", "was not started by us"),
+        ("rss_mib", "processes are not ours"),
+        ("kv_mib", "log or answers do not tell it"),
+    ],
+)
+def test_a_metric_that_was_not_measured_is_an_error(
+    comparison: Comparison, metric: str, hint: str
+) -> None:
+    """A gate that cannot measure never passes; the reason says why that may be."""
+    canned = Canned(metric, new=lambda _: [], base=lambda _: [1.0], workload=LAUNCH)
+    verdict = ask(canned, comparison, case=ALONE)
+    assert verdict.outcome is Outcome.ERROR
+    assert f"{metric} was not measured on b2: " in verdict.reason
+    assert hint in verdict.reason
+
+
+def test_a_timing_without_a_workload_is_an_error() -> None:
+    """Requests are measured under a workload; the reason says how to name one."""
+    verdict = ask(Canned("decode_tps", around(1.0)), Record(), case=ALONE)
+    assert verdict.outcome is Outcome.ERROR
+    assert "decode_tps needs a workload: name some in the marker" in verdict.reason
+
+
+def test_an_error_of_any_kind_of_ours_is_a_verdict() -> None:
+    """Mistakes in what was asked, too, fail this metric and no other."""
+    canned = Canned("decode_tps", around(1.0), error=PlanError("no such thing"))
+    assert ask(canned, SideBySide()).outcome is Outcome.ERROR
+
+
+# -- the parts --------------------------------------------------------------------------------
+
+
+def test_what_a_start_shows_is_the_same_under_every_workload() -> None:
+    """A metric of the launch is found there, whichever workload the case has."""
+    launch = launch_of("b2", LAUNCH, "rss_mib", [7.0])
+    assert samples_of(launch, CASE, METRICS["rss_mib"]) == [7.0]
+    assert samples_of(launch, ALONE, METRICS["rss_mib"]) == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("together", "new", "paired"),
+    [(True, [1.0, 2.0], True), (True, [1.0], False), (False, [1.0, 2.0], False)],
+)
+def test_samples_are_paired_where_they_were_taken_in_turn(
+    new: list[float], *, together: bool, paired: bool
+) -> None:
+    """Only if both builds were warm together and answered equally often."""
+    canned = Canned("decode_tps", lambda _: new, lambda _: [3.0, 4.0], together=together)
+    block = to_block(canned.block(0), CASE, METRICS["decode_tps"])
+    assert (block.base, block.new) == ((3.0, 4.0), tuple(new))
+    assert block.paired is paired
+    assert block.order == "bn"
+
+
+FLAT = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 3))
+
+
+@given(FLAT, FLAT)
+def test_differences_are_those_that_differ(
+    recorded: dict[str, int], measured: dict[str, int]
+) -> None:
+    """One line for each name that is not equal on both sides, none for equal fingerprints."""
+    found = differences(recorded, measured)
+    names = [line.partition(":")[0] for line in found]
+    assert names == sorted(set(names))
+    for name in "abcd":
+        assert (name in names) == (recorded.get(name) != measured.get(name))
+    assert differences(measured, measured) == []
+
+
+def test_a_prior_needs_two_other_cases() -> None:
+    """Published figures, single launches and launches without any spread tell nothing."""
+    steady = entry("decode_tps", lambda _: [5.0], 5.0)
+    spread = entry("decode_tps", around(5.0), 5.0)
+    single = entry("decode_tps", around(5.0), 5.0, count=1)
+    published = entry("decode_tps", None, 5.0)
+
+    def prior_of(*entries: Recorded) -> object:
+        results = {f"other{i}/short": {"decode_tps": e} for i, e in enumerate(entries)}
+        own = {CASE.key: {"decode_tps": spread}}
+        return pooled_prior(stored({**results, **own}).baseline, CASE.key, "decode_tps")
+
+    assert prior_of() is None
+    assert prior_of(spread) is None
+    assert prior_of(spread, single, published) is None
+    assert prior_of(spread, steady) is None
+    assert prior_of(spread, spread) is not None
