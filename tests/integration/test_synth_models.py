@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -47,12 +46,9 @@ def embedded(model: Path) -> list[str]:
     return [sys.executable, "-c", _EMBEDDED, str(model)]
 
 
-def binary(model: Path) -> list[str]:
+def binary(server: Path, model: Path) -> list[str]:
     """Return the command that serves `model` with a real llama-server."""
-    server = os.environ.get("LLMPERF_TEST_SERVER")
-    if not server:
-        pytest.skip("LLMPERF_TEST_SERVER names no llama-server")
-    return [server, "-m", str(model), *_OPTIONS, *_ADDRESS]
+    return [str(server), "-m", str(model), *_OPTIONS, *_ADDRESS]
 
 
 @contextlib.contextmanager
@@ -115,7 +111,10 @@ def server(
     pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("synth")
     model = make_model(SynthSpec(), folder)
-    command = embedded(model) if request.param == "embedded" else binary(model)
+    if request.param == "embedded":
+        command = embedded(model)
+    else:
+        command = binary(request.getfixturevalue("real_server"), model)
     with serve(command, folder / "log") as client:
         yield client
 

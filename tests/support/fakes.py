@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pytest_llmperf.serve.launch import ServePlan, Server, start
 PROGRAM = Path(__file__).parents[1] / "fake_server.py"
 CONFIG = Config("one", "tiny", {"threads": 1, "ctx-size": 1024})
 PATIENCE = 30.0
-"""Seconds until a process that has to go counts as staying."""
+"""Seconds until what has to happen counts as not happening."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Journal:
 
     def entries(self, event: str) -> list[dict[str, Any]]:
         """Return the entries of one kind: ``start`` or ``completion``."""
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        text = self.path.read_text("utf-8") if self.path.exists() else ""
+        # What follows the last line end is still being written.
+        lines = text.rpartition("\n")[0].splitlines()
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
     def starts(self) -> list[str]:
@@ -100,11 +102,16 @@ def running(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
-def goes(pid: int) -> bool:
-    """Return whether a process goes within :data:`PATIENCE`."""
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Return whether a condition comes true within :data:`PATIENCE`."""
     deadline = time.monotonic() + PATIENCE
-    while running(pid):
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
+
+
+def goes(pid: int) -> bool:
+    """Return whether a process goes within :data:`PATIENCE`."""
+    return eventually(lambda: not running(pid))

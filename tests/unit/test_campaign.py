@@ -97,9 +97,16 @@ class Lab:
         return all(goes(entry["pid"]) for entry in self.journal.entries("start"))
 
 
+def have_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    """Pretend that so many bytes of memory are free."""
+    memory = SimpleNamespace(available=available)
+    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+
+
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    """A folder with fake builds."""
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A folder with fake builds, on a machine with room for two of anything."""
+    have_memory(monkeypatch, 2**50)
     return Lab(tmp_path)
 
 
@@ -348,8 +355,7 @@ def test_builds_that_do_not_fit_together_alternate(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, fall: str, first: int
 ) -> None:
     """One is started, measured and stopped, then the other; the coin says which is first."""
-    memory = SimpleNamespace(available=0)
-    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    have_memory(monkeypatch, 0)
     campaign = lab.campaign((FIRST, SECOND), coin=Coin(fall))
     alive: list[list[bool]] = []
 
@@ -388,8 +394,7 @@ def test_what_fits_together(
     fits: bool,
 ) -> None:
     """Both models need room in memory, and far more than that on every GPU; unknown is no."""
-    memory = SimpleNamespace(available=host * 2**20)
-    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    have_memory(monkeypatch, host * 2**20)
     monkeypatch.setattr(module, "free_mib", lambda: free)
     campaign = lab.campaign(config=replace(CONFIG, gpu=gpu))
     with campaign.model.open("ab") as file:
@@ -399,8 +404,7 @@ def test_what_fits_together(
 
 def test_a_running_server_needs_no_room(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint has loaded its model already, so nothing has to fit."""
-    memory = SimpleNamespace(available=0)
-    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    have_memory(monkeypatch, 0)
     campaign = lab.campaign()
     assert not campaign._fits_twice()
     campaign.base = Build("there", 0, "unknown", "http://h:1", "", url="http://h:1")

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from support.fakes import PATIENCE, Journal, fake_command, goes, running
+from support.fakes import Journal, eventually, fake_command, goes, running
 
 from pytest_llmperf.errors import ServerError
 from pytest_llmperf.serve.process import ServerProcess, describe_exit
@@ -52,18 +51,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def ended(process: ServerProcess) -> int | None:
     """Wait for a process to end by itself; return its exit status."""
-    deadline = time.monotonic() + PATIENCE
-    while (status := process.poll()) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return status
+    eventually(lambda: process.poll() is not None)
+    return process.poll()
 
 
 def child_of(journal: Journal) -> int:
     """Wait for a fake server to have its child; return that one's process id."""
-    deadline = time.monotonic() + PATIENCE
-    while not (entries := journal.entries("start")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return int(entries[0]["child"])
+    eventually(lambda: bool(journal.entries("start")))
+    return int(journal.entries("start")[0]["child"])
 
 
 def supervisor_of(pid: int) -> psutil.Process:

@@ -1,0 +1,584 @@
+"""One run: tolerances, what is compared with what, GPUs, servers, results and run folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from support.fakes import Journal, eventually, fake_command, write_program
+
+from pytest_llmperf.errors import BaselineError, BuildError, PlanError, ServerError
+from pytest_llmperf.gate import Absent, Record, SideBySide, Stored
+from pytest_llmperf.judge import store
+from pytest_llmperf.judge.verdict import Outcome
+from pytest_llmperf.measure.gpu import Gpu
+from pytest_llmperf.measure.launch import Launch
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.plan.config import LAUNCH, Case, Config
+from pytest_llmperf.plan.suite import Suite, load_suite
+from pytest_llmperf.session import (
+    _KEPT_RUNS,
+    Run,
+    _comparison,
+    _measured,
+    _run_folder,
+    begin,
+    check_baseline_name,
+    stale_entries,
+    write_baselines,
+)
+from pytest_llmperf.settings import Settings
+
+SUITE = """
+[models.m]
+file = "model.gguf"
+
+[builds.fork]
+source = "./fork/llama-server"
+
+[builds.broken]
+source = "nothing that is a build"
+
+[configs.one]
+model = "m"
+options = {{ threads = 1, ctx-size = 1024 }}
+tolerances = {{ decode_tps = 0.02 }}
+
+[configs.two]
+extends = "one"
+
+[configs.card]
+extends = "one"
+gpu = true
+
+[configs.lost]
+model = "gone"
+
+[models.gone]
+file = "gone.gguf"
+
+[workloads.w24]
+turns = [{{ prompt = 24, generate = 4 }}]
+
+[workloads.w40]
+turns = [{{ prompt = 40, generate = 4 }}]
+
+[tolerances]
+decode_tps = 0.03
+ttft_ms = 0.04
+{more}
+"""
+
+
+@dataclass
+class Said:
+    """What a run said of its progress."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def __call__(self, text: str) -> None:
+        """Note a line."""
+        self.lines.append(text)
+
+    def clear(self) -> None:
+        """Wipe what is shown."""
+
+
+@dataclass
+class Project:
+    """A user's folder with a suite file, a model, baselines and two fake builds."""
+
+    root: Path
+    said: Said = field(default_factory=Said)
+
+    def __post_init__(self) -> None:
+        (self.root / "model.gguf").write_bytes(b"GGUF" * 16)
+        self.faults()
+        self.faults("fork", number=9000)
+
+    @property
+    def journal(self) -> Journal:
+        """What the fake servers noted."""
+        return Journal(self.root / "journal")
+
+    def faults(self, name: str = "new", faults: str = "", *, number: int = 9001) -> None:
+        """Write a build with these faults."""
+        command = fake_command(self.journal, number=number, faults=faults)
+        write_program(self.root / name / "llama-server", command)
+
+    def suite(self, more: str = "") -> Suite:
+        """Return the suite."""
+        path = self.root / "llmperf.toml"
+        path.write_text(SUITE.format(more=more), "utf-8")
+        return load_suite(path)
+
+    def settings(
+        self,
+        *,
+        baseline: str | None = None,
+        update: bool = False,
+        tolerances: Mapping[str, float] | None = None,
+    ) -> Settings:
+        """Return settings of a run in this folder, on a machine called `lab`."""
+        return Settings(
+            baseline=baseline,
+            update=update,
+            build="./new/llama-server",
+            suite=self.root / "llmperf.toml",
+            models=(self.root,),
+            strict=False,
+            report=None,
+            budget=0.0,
+            machine="lab",
+            baselines=self.root / "baselines",
+            cache=self.root / "cache",
+            root=self.root,
+            tolerances=tolerances or {},
+            launches=3,
+            pairs=2,
+        )
+
+    def run(
+        self,
+        cases: Sequence[Case] | None = None,
+        *,
+        baseline: str | None = None,
+        update: bool = False,
+        tolerances: Mapping[str, float] | None = None,
+    ) -> Run:
+        """Return a run that has begun."""
+        settings = self.settings(baseline=baseline, update=update, tolerances=tolerances)
+        suite = self.suite()
+        chosen = suite.cases(["one"], ["w24", "w40"]) if cases is None else cases
+        return begin(settings, suite, chosen, self.said)
+
+    def record(self, label: str, *, machine: str = "lab", number: int | None = None) -> Path:
+        """Write a baseline of one case."""
+        path = self.root / "baselines" / label / f"{machine}.json"
+        entry = store.Measured({"machine": machine}, {"decode_tps": [[1.0], [2.0], [3.0]]})
+        store.update(
+            path,
+            build={"label": label} if number is None else {"label": label, "number": number},
+            machine={"key": machine},
+            recorded={"at": "2026-02-27", "by": "measured", "source": "a test"},
+            measured={"one/w24": entry},
+        )
+        return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A user's folder; locks of baseline files go into it, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return Project(tmp_path)
+
+
+def case_of(run: Run, config: str, workload: str | None = None) -> Case:
+    """Return a case of the run's suite."""
+    return run.suite.cases([config], [workload] if workload else None)[0]
+
+
+# -- tolerances -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "config", "own", "expected"),
+    [
+        ("decode_tps", "one", 0.01, 0.01),
+        ("decode_tps", "one", 0.0, 0.0),
+        ("decode_tps", "one", None, 0.02),
+        ("decode_tps", "two", None, 0.02),
+        ("decode_tps", "lost", None, 0.03),
+        ("ttft_ms", "one", None, 0.04),
+        ("itl_ms", "one", None, 0.06),
+        ("e2e_ms", "one", None, METRICS["e2e_ms"].tolerance),
+    ],
+)
+def test_the_nearest_tolerance_wins(
+    project: Project, metric: str, config: str, own: float | None, expected: float
+) -> None:
+    """Test over config over suite file over ini over the metric's default; 0 is a tolerance."""
+    ini = {"decode_tps": 0.05, "ttft_ms": 0.05, "itl_ms": 0.06}
+    run = project.run(tolerances=ini)
+    assert run.tolerance(METRICS[metric], run.suite.configs[config], own) == expected
+
+
+# -- what to compare with ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [None, "b8149", "fork", "./fork", "embedded", "http://127.0.0.1:8080"]
+)
+def test_a_baseline_that_is_recorded_or_a_build_is_taken(
+    project: Project, name: str | None
+) -> None:
+    """Labels, names of builds and build specs; whether a build is there is seen later."""
+    project.record("b8149", machine="another")
+    check_baseline_name(project.settings(baseline=name), project.suite())
+
+
+def test_another_baseline_name_lists_all_there_are(project: Project) -> None:
+    """The error names the nearest, what is recorded, the builds and how a spec looks."""
+    project.record("b8149")
+    project.record("b8200", machine="another")
+    with pytest.raises(PlanError) as caught:
+        check_baseline_name(project.settings(baseline="b8148"), project.suite())
+    text = str(caught.value)
+    for part in (
+        "--baseline=b8148",
+        "(nearest: b8149)",
+        "recorded: b8149, b8200",
+        "[builds]: fork, broken",
+        "pypi:xllamacpp==0.2.12",
+        str(project.root / "baselines"),
+    ):
+        assert part in text
+
+
+def test_without_any_baseline_the_list_says_none(project: Project) -> None:
+    """No folder of baselines is no other error."""
+    with pytest.raises(PlanError, match="recorded: none"):
+        check_baseline_name(project.settings(baseline="b1"), project.suite())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pypi:numpy==1.0", "numpy holds no llama.cpp server"),
+        ("pypi:xllamacpp", "with an exact version"),
+        ("docker:image", "not supported yet"),
+    ],
+)
+def test_a_spec_of_a_known_kind_says_what_is_wrong_with_it(
+    project: Project, name: str, message: str
+) -> None:
+    """A spec that cannot be had is told as such, not as an unknown name."""
+    with pytest.raises(BuildError, match=message):
+        check_baseline_name(project.settings(baseline=name), project.suite())
+
+
+def test_updating_compares_with_nothing(project: Project) -> None:
+    """A run that records starts one build only, whatever is recorded."""
+    project.record("b9000")
+    run = project.run(update=True)
+    assert run.comparison == Record()
+    assert run.base is None
+
+
+def test_a_label_that_cannot_be_a_folder_is_refused_before_measuring(project: Project) -> None:
+    """A build whose label names no baseline is not recorded after an hour's measuring."""
+    run = project.run()
+    build = replace(run.new, label="../b1")
+    with pytest.raises(BaselineError, match="baseline name"):
+        _comparison(project.settings(update=True), run.suite, build, project.said)
+
+
+def test_without_a_name_the_newest_of_this_machine_is_taken(project: Project) -> None:
+    """The highest build number that was recorded here."""
+    project.record("b8149", number=8149)
+    path = project.record("b8200", number=8200)
+    project.record("b9999", machine="another", number=9999)
+    comparison = project.run().comparison
+    assert isinstance(comparison, Stored)
+    assert (comparison.label, comparison.path) == ("b8200", str(path))
+
+
+def test_a_recorded_name_wins_over_a_build_of_that_name(project: Project) -> None:
+    """What was recorded here under the name is taken; the build is not started."""
+    project.record("fork")
+    run = project.run(baseline="fork")
+    assert isinstance(run.comparison, Stored)
+    assert run.base is None
+
+
+@pytest.mark.parametrize("name", ["fork", "./fork", "./fork/llama-server"])
+def test_a_build_is_measured_side_by_side(project: Project, name: str) -> None:
+    """A name in [builds] or a spec; also if it was recorded on another machine."""
+    project.record("fork", machine="another")
+    run = project.run(baseline=name)
+    assert run.comparison == SideBySide()
+    assert run.base is not None
+    assert (run.new.label, run.base.number) == ("b9001", 9000)
+
+
+def test_a_build_that_is_not_there_ends_the_run(project: Project) -> None:
+    """Build under test and baseline alike."""
+    with pytest.raises(BuildError, match="no such file"):
+        project.run(baseline="./nowhere/llama-server")
+
+
+@pytest.mark.parametrize("name", [None, "b8149"])
+def test_nothing_of_this_machine_is_told_with_the_mend(project: Project, name: str | None) -> None:
+    """A baseline of another machine is none: every gate fails, with the command that mends it."""
+    project.record("b8149", machine="another")
+    comparison = project.run(baseline=name).comparison
+    assert isinstance(comparison, Absent)
+    assert "(lab)" in comparison.reason
+    assert "--update-baselines" in comparison.reason
+    assert "--baseline=SPEC" in comparison.reason
+
+
+def test_a_broken_baseline_file_ends_the_run(project: Project) -> None:
+    """A file that cannot be read is an error of the user's, with its name."""
+    path = project.record("b8149")
+    path.write_text("{", "utf-8")
+    with pytest.raises(BaselineError, match=str(path)):
+        project.run(baseline="b8149")
+
+
+def test_the_headline_says_what_is_compared(project: Project) -> None:
+    """Both builds, or build and baseline; the same build twice is pointed out."""
+    run = project.run(baseline="fork")
+    assert run.headline[0].startswith("build under test b9001 (build 9001, commit 0a1b2c3")
+    assert run.headline[1].startswith("side by side with ")
+    assert "machine lab" in run.headline[-1]
+    assert "both are the same build" in project.run(baseline="./new").headline[2]
+    assert "nothing is recorded for this machine (lab)" in project.run().headline[1]
+    assert "recording a baseline in" in project.run(update=True).headline[1]
+    project.record("b8149")
+    assert project.run().headline[1].startswith("baseline b8149, ")
+
+
+# -- gates ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_metric_is_refused(project: Project) -> None:
+    """With the nearest name; nothing is measured."""
+    run = project.run()
+    with pytest.raises(PlanError, match=r"no metric `decode_tp` \(nearest: decode_tps\)"):
+        run.gate("test", case_of(run, "one", "w24"), {"decode_tp": None})
+    assert project.journal.starts() == []
+
+
+def test_a_model_that_is_not_there_fails_every_metric(project: Project) -> None:
+    """Each metric has an ERROR verdict with the same text, and the result is kept."""
+    run = project.run(update=True)
+    result = run.gate("test", case_of(run, "lost"), {"rss_mib": None, "kv_mib": None})
+    assert [v.outcome for v in result.verdicts] == [Outcome.ERROR, Outcome.ERROR]
+    assert "no gone.gguf in" in result.verdicts[0].reason
+    assert run.results == [result]
+    assert project.journal.starts() == []
+
+
+def test_what_is_recorded_is_passed_by_the_next_run(project: Project) -> None:
+    """Three launches serve all tests of a config; the file they make compares with new ones."""
+    run = project.run(update=True)
+    case = case_of(run, "one", "w24")
+    speed = run.gate("speed", case, {"decode_tps": None, "prefill_tps": None})
+    other = run.gate("other", case_of(run, "one", "w40"), {"decode_tps": None})
+    memory = run.gate("memory", case_of(run, "one"), {"kv_mib": None, "n_ctx": None})
+    assert {v.outcome for r in (speed, other, memory) for v in r.verdicts} == {Outcome.RECORDED}
+    assert len(project.journal.starts()) == 3
+    written = write_baselines(run.settings, [speed, other, memory])
+    path = project.root / "baselines" / "b9001" / "lab.json"
+    assert {one.path for one in written} == {path}
+    assert store.load(path).results.keys() == {"one/w24", "one/w40", "one/launch"}
+
+    again = project.run()
+    assert isinstance(again.comparison, Stored)
+    result = again.gate("speed", case, {"decode_tps": None, "prefill_tps": 0.01})
+    assert [v.outcome for v in result.verdicts] == [Outcome.PASS, Outcome.PASS]
+    assert [v.tolerance for v in result.verdicts] == [0.02, 0.01]
+    exact = again.gate("memory", case_of(run, "one"), {"kv_mib": None})
+    assert exact.verdicts[0].outcome is Outcome.PASS
+    assert result.base is not None
+    assert "from " in result.base.about
+
+
+def test_a_crash_leaves_what_was_measured_before_it_comparable(project: Project) -> None:
+    """The fingerprint still tells the tokens of a workload that came before the crash."""
+    run = project.run(update=True)
+    healthy = run.gate("speed", case_of(run, "one", "w24"), {"decode_tps": None})
+    project.faults("new", "crash#40")
+    crashing = project.run(update=True)
+    result = crashing.gate("speed", case_of(run, "one", "w24"), {"decode_tps": None})
+    assert result.verdicts[0].outcome is Outcome.RECORDED
+    assert result.fingerprint == healthy.fingerprint
+    failed = crashing.gate("other", case_of(run, "one", "w40"), {"decode_tps": None})
+    assert failed.verdicts[0].outcome is Outcome.ERROR
+    assert "killed by SIGSEGV" in failed.verdicts[0].reason
+
+
+def test_a_side_by_side_result_tells_both_sides(project: Project) -> None:
+    """Builds, commands and logs of both, and the samples of the build under test."""
+    run = project.run(baseline="fork")
+    result = run.gate("memory", case_of(run, "one"), {"kv_mib": None})
+    assert result.verdicts[0].outcome is Outcome.PASS
+    assert result.base is not None
+    for side, label in ((result.new, "b9001"), (result.base, run.base.label if run.base else "")):
+        assert side.label == label
+        assert "--ctx-size 1024" in side.command
+        assert [Path(log).parent for log in side.logs] == [run.folder]
+    assert result.measured == {"kv_mib": [[4.0]]}
+    assert type(result).loads(result.dumps()) == result
+
+
+def test_a_fingerprint_tells_what_must_be_equal(project: Project) -> None:
+    """Machine, protocol, model, options; under a workload its lengths and its tokens, too."""
+    run = project.run()
+    launch = Launch("b1", "one", "", "", 0.0, digests={"w24": "abc"})
+    alone = run.fingerprint(case_of(run, "one"), launch)
+    assert alone.keys() >= {"machine", "gpu", "driver", "cpu", "protocol", "model", "options"}
+    assert alone["machine"] == "lab"
+    assert "ctx-size=1024" in str(alone["options"])
+    under = run.fingerprint(case_of(run, "one", "w24"), launch)
+    assert under.items() > alone.items()
+    assert under["prompt"] == "abc"
+    assert run.fingerprint(case_of(run, "one", "w40"), launch)["prompt"] == "unknown"
+    shorter = replace(run.suite.configs["one"], options={"ctx-size": 512})
+    assert run.fingerprint(Case(shorter, None), launch) != alone
+
+
+def test_samples_of_a_metric_are_taken_from_where_they_belong() -> None:
+    """Timings from the case's workload, what a start shows from the start; none are left out."""
+    case = Case(Config("c", "m"), None)
+    assert _measured(case, [], [METRICS["rss_mib"]]) == {}
+    launches = [
+        Launch("b1", "c", "", "", 0.0, samples={LAUNCH: {"rss_mib": [1.0]}}),
+        Launch("b1", "c", "", "", 0.0, samples={}),
+        Launch("b1", "c", "", "", 0.0, samples={LAUNCH: {"rss_mib": [3.0]}}),
+    ]
+    assert _measured(case, launches, [METRICS["rss_mib"], METRICS["decode_tps"]]) == {
+        "rss_mib": [[1.0], [3.0]]
+    }
+
+
+def test_entries_that_no_case_makes_any_more_are_stale(project: Project) -> None:
+    """Those of configs and workloads that have gone from the suite file, by file."""
+    run = project.run(update=True)
+    result = run.gate("speed", case_of(run, "one", "w24"), {"decode_tps": None})
+    written = write_baselines(run.settings, [result])
+    assert stale_entries(run.suite, written) == {}
+    fewer = replace(run.suite, workloads={})
+    assert stale_entries(fewer, written) == {written[0].path: ["one/w24"]}
+
+
+# -- GPUs -------------------------------------------------------------------------------------
+
+
+def test_a_gpu_config_runs_where_the_build_sees_a_gpu(project: Project) -> None:
+    """The build's own list of devices decides."""
+    run = project.run(update=True)
+    result = run.gate("memory", case_of(run, "card"), {"kv_mib": None})
+    assert result.verdicts[0].outcome is Outcome.RECORDED
+
+
+@pytest.mark.parametrize(
+    ("cards", "message"),
+    [
+        ((), "this machine has no GPU that the build can use"),
+        ((Gpu(0, "RTX 5080", 16303, "580"),), "b9001 sees no GPU, though this machine has RTX"),
+    ],
+)
+def test_without_a_gpu_every_gpu_config_fails(
+    project: Project, monkeypatch: pytest.MonkeyPatch, cards: tuple[Gpu, ...], message: str
+) -> None:
+    """It fails, it does not skip, and never runs on the CPU in silence."""
+    project.faults("new", "no-gpu")
+    monkeypatch.setattr("pytest_llmperf.session.gpus", lambda: cards)
+    run = project.run(update=True)
+    for _ in range(2):
+        result = run.gate("memory", case_of(run, "card"), {"kv_mib": None})
+        assert result.verdicts[0].outcome is Outcome.ERROR
+        assert message in result.verdicts[0].reason
+    with pytest.raises(BuildError, match=message):
+        run.server(run.suite.configs["card"])
+    assert project.journal.starts() == []
+
+
+def test_a_build_that_cannot_tell_its_gpus_fails_every_test(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second test is not let through because the first has asked already."""
+
+    def fail(_build: object) -> None:
+        raise BuildError("cannot run `--list-devices`")
+
+    monkeypatch.setattr("pytest_llmperf.session.devices_of", fail)
+    run = project.run(update=True)
+    for _ in range(2):
+        result = run.gate("memory", case_of(run, "card"), {"kv_mib": None})
+        assert result.verdicts[0].outcome is Outcome.ERROR
+        assert "cannot run `--list-devices`" in result.verdicts[0].reason
+    assert project.journal.starts() == []
+
+
+# -- a server for tests -----------------------------------------------------------------------
+
+
+def test_one_server_serves_the_tests_of_a_config(project: Project) -> None:
+    """It is started once, again for another config, again when it died, and stopped at the end."""
+    run = project.run()
+    one, two = run.suite.configs["one"], run.suite.configs["two"]
+    first = run.server(one)
+    assert run.server(one) is first
+    second = run.server(two)
+    assert not first.alive()
+    assert second.pid is not None
+    os.kill(second.pid, 9)
+    assert eventually(lambda: not second.alive())
+    third = run.server(two)
+    assert third is not second
+    assert third.alive()
+    run.close()
+    assert not third.alive()
+    run.close()
+
+
+def test_measuring_stops_the_server_of_the_tests(project: Project) -> None:
+    """Nothing else of ours runs while a launch is measured."""
+    run = project.run(update=True)
+    server = run.server(run.suite.configs["one"])
+    run.gate("memory", case_of(run, "one"), {"kv_mib": None})
+    assert not server.alive()
+
+
+def test_a_server_that_does_not_start_is_an_error_each_time(project: Project) -> None:
+    """The fixture's error names the exit and the log."""
+    project.faults("new", "start-exit")
+    run = project.run()
+    for _ in range(2):
+        with pytest.raises(ServerError, match="exit code 3"):
+            run.server(run.suite.configs["one"])
+
+
+# -- run folders ------------------------------------------------------------------------------
+
+
+def test_old_run_folders_go(tmp_path: Path) -> None:
+    """The newest are kept, together with the new one as many as are meant to be."""
+    gone = 99_999_999
+    for day in range(1, 16):
+        (tmp_path / f"run-202601{day:02d}-000000-{gone}").mkdir()
+    folder = _run_folder(tmp_path)
+    left = sorted(path.name for path in tmp_path.glob("run-*"))
+    assert len(left) == _KEPT_RUNS
+    assert left[-1] == folder.name
+    assert left[0] == f"run-20260107-000000-{gone}"
+    assert (tmp_path / "latest").resolve() == folder
+    assert (tmp_path / ".gitignore").read_text("utf-8") == "*\n"
+
+
+def test_folders_of_runs_that_go_on_stay(tmp_path: Path) -> None:
+    """Many processes of one run, or a run beside this one, keep their logs and keys."""
+    for day in range(1, 16):
+        (tmp_path / f"run-202601{day:02d}-000000-{os.getpid()}").mkdir()
+    _run_folder(tmp_path)
+    assert len(list(tmp_path.glob("run-*"))) == 16
+
+
+def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
+    """Files and folders of other names are the user's, and `latest` may be one of them."""
+    (tmp_path / "latest").mkdir()
+    for name in ("notes", "run-file"):
+        (tmp_path / name).write_text("mine", "utf-8")
+    for day in range(1, 16):
+        (tmp_path / f"run-202601{day:02d}-000000-mine").mkdir()
+    folder = _run_folder(tmp_path)
+    assert folder.is_dir()
+    assert (tmp_path / "notes").exists()
+    assert (tmp_path / "run-file").exists()
+    assert (tmp_path / "latest").is_dir()
