@@ -10,6 +10,7 @@
     │   └── BaselineError     a baseline that cannot be read or written
     └── RunError              the world did not do what was asked of it; fails the test
         ├── ServerError       a server that did not start, died, hung or answered an error
+        ├── UnmeasuredError   a metric that this build, config or machine does not show
         └── CheckError        an answer that must not be counted (cached, short, truncated)
 """
 
@@ -71,6 +72,10 @@ class ServerError(RunError):
         self.log = log
         self.kind = kind
         super().__init__(message)
+
+
+class UnmeasuredError(RunError):
+    """A metric that this build, config or machine does not show."""
 
 
 class CheckError(RunError):

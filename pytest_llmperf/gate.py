@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pytest_llmperf.campaign import Campaign, PairedLaunches
-from pytest_llmperf.errors import LlmperfError
+from pytest_llmperf.errors import LlmperfError, UnmeasuredError
 from pytest_llmperf.judge.decide import (
     compare_exact,
     compare_published,
@@ -61,11 +61,11 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
     """Return the samples of a metric in a launch.
 
     Raises:
-        LookupError: If the launch has none; the text says why that may be.
+        UnmeasuredError: If the launch has none; the text says why that may be.
     """
     name = LAUNCH if metric.scope == "launch" or case.workload is None else case.workload.name
     if metric.scope == "request" and case.workload is None:
-        raise LookupError(
+        raise UnmeasuredError(
             f"{metric.name} needs a workload: name some in the marker llmperf(workloads=[...])"
         )
     values = launch.samples.get(name, {}).get(metric.name)
@@ -77,7 +77,7 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
             "rss_mib": "a running server's processes are not ours to look at",
         }
         why = hints.get(metric.name, "the server's log or answers do not tell it")
-        raise LookupError(f"{metric.name} was not measured on {launch.build}: {why}")
+        raise UnmeasuredError(f"{metric.name} was not measured on {launch.build}: {why}")
     return values
 
 
@@ -112,8 +112,6 @@ class Question:
             return missing(metric, comparison.reason)
         try:
             return self._measured(comparison, time.monotonic() + self.budget)
-        except LookupError as error:
-            return failed(metric, str(error.args[0]))
         except LlmperfError as error:
             return failed(metric, str(error))
 
@@ -197,8 +195,8 @@ class Question:
         return missing(
             self.metric,
             f"{stored.path} has no {self.metric.name} for {self.case.key}: record it with "
-            f"`pytest -k {self.case.config.name} --llmperf-build=<{stored.label}> "
-            "--update-baselines`",
+            f"`pytest -k {self.case.config.name} --llmperf-build=SPEC "
+            f"--update-baselines`, where SPEC is build {stored.label}",
         )
 
     def _repeatedly(

@@ -420,8 +420,8 @@ def _comparison(
         return SideBySide(), resolve(spec, settings.cache, progress)
     return Absent(
         f"baseline {name} was not recorded on this machine ({key}): record it with `pytest "
-        f"--llmperf-build=<{name}> --update-baselines`, or name a build with --baseline=SPEC to "
-        "measure it side by side"
+        f"--llmperf-build=SPEC --update-baselines`, where SPEC is build {name}, or measure it side "
+        "by side with --baseline=SPEC"
     ), None
 
 

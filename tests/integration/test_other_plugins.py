@@ -29,6 +29,14 @@ def test_benchmark_compare_works(project: Project) -> None:
     assert "0001_first" in done.text
 
 
+def test_benchmark_histogram_works(project: Project) -> None:
+    """The histogram is drawn from the same samples."""
+    pytest.importorskip("pygal")
+    done = project.run("--update-baselines", "--benchmark-histogram=hist", "-k", "decode")
+    assert done.code == 0, done.text
+    assert list(project.path.glob("hist*.svg"))
+
+
 @pytest.mark.parametrize("option", ["--benchmark-disable", "-pno:benchmark", "--benchmark-skip"])
 def test_verdicts_do_not_need_it(project: Project, option: str) -> None:
     """Disabled, skipped or absent, the gate works unchanged."""
