@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ class Gate:
     def __init__(self, request: pytest.FixtureRequest, run: Run, case: Case) -> None:
         self._request = request
         self._run = run
+        # Of the first gate(): the budget is the test's, however many metrics it judges.
+        self._deadline: float | None = None
         self.case = case
 
     def gate(self, *metrics: str) -> Result:
@@ -53,14 +56,20 @@ class Gate:
         node = self._request.node
         marker = node.get_closest_marker("llmperf")
         own = marker.kwargs.get("tolerances", {}) if marker else {}
+        if not metrics:
+            pytest.fail("gate() needs the name of at least one metric", pytrace=False)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._run.settings.budget
+        wrong = ""
         try:
-            if not metrics:
-                raise PlanError("gate() needs the name of at least one metric")  # noqa: TRY301 - told as the others
-            result = self._run.gate(node.nodeid, self.case, {m: own.get(m) for m in metrics})
+            asked = {metric: own.get(metric) for metric in metrics}
+            result = self._run.gate(node.nodeid, self.case, asked, self._deadline)
         except PlanError as error:
-            pytest.fail(f"{node.nodeid}: {error}", pytrace=False)
+            wrong = str(error)
         finally:
             self._run.progress.clear()
+        if wrong:
+            pytest.fail(f"{node.nodeid}: {wrong}", pytrace=False)
         node.user_properties.append((PROPERTY, result.dumps()))
         self._replay(result)
         if any(v.outcome.fails(strict=self._run.settings.strict) for v in result.verdicts):
@@ -117,10 +126,14 @@ def llama_server(_llmperf_run: Run, llmperf_case: Case) -> Iterator[Server]:
     """
     from pytest_llmperf.errors import LlmperfError  # noqa: PLC0415 - only when used
 
+    failed = ""
     try:
         server = _llmperf_run.server(llmperf_case.config)
     except LlmperfError as error:
-        pytest.fail(str(error), pytrace=False)
+        failed = str(error)
+    if failed:
+        pytest.fail(failed, pytrace=False)
     yield server
-    if not server.alive():
+    # gate() in the same test stops it, so that nothing but what is measured runs.
+    if not server.stopped and not server.alive():
         pytest.fail(f"the server died during the test; log: {server.log}", pytrace=False)

@@ -90,7 +90,7 @@ class Question:
         case: Config and workload.
         metric: The metric.
         tolerance: Relative change for the worse that is allowed.
-        budget: Seconds that may be spent on measuring again.
+        deadline: ``time.monotonic()`` after which nothing is measured again.
         launches: Fresh starts measured for and against a recorded baseline.
         fingerprint: Gives the fingerprint of a launch under this case.
     """
@@ -99,27 +99,32 @@ class Question:
     case: Case
     metric: Metric
     tolerance: float
-    budget: float
+    deadline: float
     launches: int
     fingerprint: Callable[[Launch], Fingerprint]
 
     def answer(self, comparison: Comparison) -> Verdict:
         """Measure until the verdict is clear or the budget is spent."""
+        verdict = self._answer(comparison)
+        # Where nothing was compared, the tolerance that would have counted is shown all the same.
+        return replace(verdict, tolerance=self.tolerance) if verdict.mode == "none" else verdict
+
+    def _answer(self, comparison: Comparison) -> Verdict:
         metric = self.metric
         if metric.scope == "quality":
             return failed(metric, f"{metric.name} is not measured by a speed or memory test")
         if isinstance(comparison, Absent):
             return missing(metric, comparison.reason)
         try:
-            return self._measured(comparison, time.monotonic() + self.budget)
+            return self._measured(comparison)
         except LlmperfError as error:
             return failed(metric, str(error))
 
-    def _measured(self, comparison: Record | Stored | SideBySide, deadline: float) -> Verdict:
+    def _measured(self, comparison: Record | Stored | SideBySide) -> Verdict:
         if isinstance(comparison, SideBySide):
-            return self._side_by_side(deadline)
+            return self._side_by_side()
         if isinstance(comparison, Stored):
-            return self._stored(comparison, deadline)
+            return self._stored(comparison)
         return recorded(self.metric, self._launches(0, self.launches))
 
     def _check_workload(self) -> None:
@@ -146,7 +151,7 @@ class Question:
             self.metric, base, new, tolerance=self.tolerance, slack=self.metric.slack
         )
 
-    def _side_by_side(self, deadline: float) -> Verdict:
+    def _side_by_side(self) -> Verdict:
         if self.metric.kind == "exact":
             first = self._block(0)
             return self._exact(first.base[0], first.new[0])
@@ -162,12 +167,12 @@ class Question:
             index = len(screen) + len(confirm)
             # Blocks that other tests of the config had measured cost nothing.
             to_measure = index >= self.campaign.measured[0]
-            if to_measure and index > 0 and time.monotonic() > deadline:
+            if to_measure and index > 0 and time.monotonic() > self.deadline:
                 last = True
             else:
                 (screen if decision.wants == "screen" else confirm).append(self._block(index))
 
-    def _stored(self, stored: Stored, deadline: float) -> Verdict:
+    def _stored(self, stored: Stored) -> Verdict:
         case, metric = self.case, self.metric
         entries = stored.baseline.results.get(case.key)
         known = (entries or {}).get(metric.name)
@@ -186,7 +191,7 @@ class Question:
         if metric.kind == "exact":
             return self._exact(known.value, first[0][0])
         prior = pooled_prior(stored.baseline, case.key, metric.name)
-        return self._repeatedly(known.launches, prior, deadline)
+        return self._repeatedly(known.launches, prior)
 
     def _unknown(self, stored: Stored, *, published: bool) -> Verdict:
         by_report = stored.baseline.recorded.get("by") == "published"
@@ -199,9 +204,7 @@ class Question:
             f"--update-baselines`, where SPEC is build {stored.label}",
         )
 
-    def _repeatedly(
-        self, base: Sequence[Sequence[float]], prior: Prior | None, deadline: float
-    ) -> Verdict:
+    def _repeatedly(self, base: Sequence[Sequence[float]], prior: Prior | None) -> Verdict:
         """Compare with recorded launches, measuring more while it is not clear."""
 
         def judge(begin: int, end: int) -> Verdict:
@@ -213,7 +216,7 @@ class Question:
         while (
             verdict.outcome is Outcome.INCONCLUSIVE
             and end < 2 * self.launches
-            and time.monotonic() < deadline
+            and time.monotonic() < self.deadline
         ):
             end += 1
             verdict = judge(0, end)

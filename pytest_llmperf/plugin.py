@@ -33,6 +33,7 @@ MARKERS = (
     ),
 )
 _CASE = "llmperf_case"
+_RUN_FIXTURE = "_llmperf_run"
 
 
 class _State:
@@ -145,6 +146,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "llmperf_tolerances", "Lines METRIC = FRACTION; the suite file wins.", type="linelist"
     )
     parser.addini("llmperf_launches", "Fresh starts for and against a recorded baseline (3).")
+    parser.addini("llmperf_start_timeout", "Seconds a server may take to become ready (600).")
+    parser.addini("llmperf_hang_timeout", "Seconds without an answer until a server hangs (300).")
     parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (4).")
 
 
@@ -182,6 +185,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
     from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
+    from pytest_llmperf.plan.suite import check_tolerance  # noqa: PLC0415 - only when used
 
     name = metafunc.definition.nodeid
     marker = metafunc.definition.get_closest_marker("llmperf")
@@ -196,6 +200,14 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
     for key in ("configs", "workloads"):
         if isinstance(marker.kwargs.get(key), str):
             raise PlanError(f'{name}: llmperf({key}=...) is a list: write ["..."]')
+    tolerances = marker.kwargs.get("tolerances", {})
+    if not isinstance(tolerances, dict):
+        raise PlanError(f'{name}: llmperf(tolerances=...) is a dict: write {{"decode_tps": 0.05}}')
+    for metric, tolerance in tolerances.items():
+        try:
+            check_tolerance(metric, tolerance)
+        except PlanError as error:
+            raise PlanError(f"{name}: llmperf(tolerances=...): {error}") from error
     cases = state.suite.cases(marker.kwargs.get("configs"), marker.kwargs.get("workloads"))
     if not cases:
         raise PlanError(f"{name}: llmperf(configs=[]) names no config, so nothing would be gated")
@@ -226,7 +238,8 @@ def _case_of(item: pytest.Item) -> Case | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the tests of one config next to each other, so that its servers start once."""
     state = config.stash[STATE]
-    _raise_user_error(state.error)
+    if _gave_up(state, state.error, items):
+        return
     places: dict[str, int] = {}
     slots = [index for index, item in enumerate(items) if _case_of(item) is not None]
     ours = [items[index] for index in slots]
@@ -243,13 +256,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[index] = item
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Resolve builds and baseline once the selection is known."""
     config = session.config
     state = config.stash[STATE]
     selected = [case for item in session.items if (case := _case_of(item)) is not None]
+    asks = any(_RUN_FIXTURE in getattr(item, "fixturenames", ()) for item in session.items)
     # pytest calls this hook even where the one before it failed.
-    if not selected or session.testsfailed or state.error is not None:
+    if not asks or session.testsfailed or state.error is not None:
         return
     from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
     from pytest_llmperf.fixtures import RUN  # noqa: PLC0415 - pytest rewrites that module first
@@ -267,18 +282,28 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         state.run = config.stash[RUN] = begin(state.settings, state.suite, selected, progress)
         progress.announce(state.run)
     except UserError as error:
-        _raise_user_error(error)
+        _gave_up(state, error, session.items)
 
 
-def _raise_user_error(error: Exception | None) -> None:
-    """Turn a user's mistake into pytest's usage error: one line, exit 4, no traceback."""
+def _gave_up(state: _State, error: Exception | None, items: list[pytest.Item]) -> bool:
+    """Turn a user's mistake into pytest's usage error: one line, exit 4, no traceback.
+
+    A worker of pytest-xdist that raised it would end in an internal error; it runs nothing, and
+    the controller says what was wrong.
+    """
     if error is None:
-        return
+        return False
     from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
 
-    if isinstance(error, UserError):
+    if not isinstance(error, UserError):
+        raise error
+    output = getattr(state.config, "workeroutput", None)
+    if output is None:
         raise pytest.UsageError(str(error)) from None
-    raise error
+    state.error = error
+    output["llmperf_error"] = str(error)
+    items.clear()
+    return True
 
 
 # -- results ------------------------------------------------------------------------------------
@@ -330,6 +355,15 @@ class _Collector:
             except BaselineError as error:
                 state.error = error
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:  # noqa: ANN401, ARG002 - pytest-xdist's hook and types
+        """Take over what a worker found wrong with the command line or a file."""
+        message = getattr(node, "workeroutput", {}).get("llmperf_error")
+        if message is not None and self._state.error is None:
+            from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+
+            self._state.error = UserError(message)
+
 
 def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
@@ -341,9 +375,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     state = session.config.stash[STATE]
     if state.run is not None:
         state.run.close()
-    if _is_worker(session.config) or not state.seen:
+    if _is_worker(session.config):
         return
-    if state.settings.report is not None:
+    if state.seen and state.settings.report is not None:
         from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
         from pytest_llmperf.report.files import write_report  # noqa: PLC0415 - only when used
 
@@ -362,6 +396,8 @@ def pytest_terminal_summary(
     """Close with the table of verdicts."""
     state = config.stash[STATE]
     if not state.seen:
+        if state.error is not None:
+            terminalreporter.write_line(f"ERROR: {state.error}", red=True)
         return
     from pytest_llmperf.report.terminal import summarize  # noqa: PLC0415 - only when used
 

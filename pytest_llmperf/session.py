@@ -117,13 +117,21 @@ class Run:
 
     # -- what test authors reach through the fixtures ------------------------------------
 
-    def gate(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
+    def gate(
+        self,
+        nodeid: str,
+        case: Case,
+        asked: Mapping[str, float | None],
+        deadline: float | None = None,
+    ) -> Result:
         """Judge metrics of a case.
 
         Args:
             nodeid: The test.
             case: Config and workload.
             asked: Metric name to the test's own tolerance, or None for the next lower source.
+            deadline: ``time.monotonic()`` after which nothing is measured again; by default
+                the budget from now.
 
         Raises:
             PlanError: If there is no such metric.
@@ -147,13 +155,14 @@ class Run:
                     tuple(verdicts),
                 )
             )
+        until = time.monotonic() + self.settings.budget if deadline is None else deadline
         verdicts = [
             Question(
                 campaign=campaign,
                 case=case,
                 metric=METRICS[name],
                 tolerance=self.tolerance(METRICS[name], case.config, own),
-                budget=self.settings.budget,
+                deadline=until,
                 launches=self.settings.launches,
                 fingerprint=lambda launch: self.fingerprint(case, launch),
             ).answer(self.comparison)
@@ -173,7 +182,8 @@ class Run:
             self.close_server()
         if self._server is None:
             self._require_gpu(config)
-            self._server = start(self.new, config, self.model(config), self._serve_plan())
+            model = self.model(config) if self.new.url is None else Path()
+            self._server = start(self.new, config, model, self._serve_plan())
         return self._server
 
     def close_server(self) -> None:
@@ -210,7 +220,7 @@ class Run:
                 workloads=[w for w in self.suite.workloads.values() if w.name in wanted],
                 new=self.new,
                 base=self.base,
-                model=self.model(config),
+                model=self.model(config) if self._needs_model else Path(),
                 serve=self._serve_plan(),
                 pairs=self.settings.pairs,
                 lock=self.settings.cache / "locks" / "measuring.lock",
@@ -239,9 +249,16 @@ class Run:
         found: dict[str, str | int | float | bool] = {
             **machine_fingerprint(self.settings.machine),
             "protocol": PROTOCOL,
-            "model": sha256(self.model(case.config), self.settings.cache),
+            "model": (
+                sha256(self.model(case.config), self.settings.cache)
+                if self.new.url is None
+                else launch.model
+            ),
             "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
         }
+        if self.new.url is not None:
+            # What a running server was started with is its own affair.
+            found["options"] = "of the running server"
         if case.workload is not None:
             found["workload"] = case.workload.digest()
             found["prompt"] = launch.digests.get(case.workload.name, "unknown")
@@ -271,7 +288,17 @@ class Run:
     # -- inside ----------------------------------------------------------------------------
 
     def _serve_plan(self) -> ServePlan:
-        return ServePlan(folder=self.folder, progress=self.progress)
+        return ServePlan(
+            folder=self.folder,
+            timeout=self.settings.start_timeout,
+            hang=self.settings.hang_timeout,
+            progress=self.progress,
+        )
+
+    @property
+    def _needs_model(self) -> bool:
+        """Whether any server is started here, and not only connected to."""
+        return any(build is not None and build.url is None for build in (self.new, self.base))
 
     def _require_gpu(self, config: Config) -> None:
         if not config.gpu:

@@ -15,6 +15,8 @@ DEFAULT_BASELINES = "baselines"
 DEFAULT_BUDGET = 300.0
 DEFAULT_LAUNCHES = 3
 DEFAULT_PAIRS = 4
+DEFAULT_START_TIMEOUT = 600.0
+DEFAULT_HANG_TIMEOUT = 300.0
 # A build spec that is a path, not a name, a URL or `pypi:…`.
 _RELATIVE = re.compile(r"^(?![~/])[^:]*/")
 
@@ -39,6 +41,8 @@ class Settings:
         tolerances: Metric name to relative tolerance, from the ini file.
         launches: Fresh starts measured for a recorded baseline and against one.
         pairs: Pairs of requests in a side-by-side block.
+        start_timeout: Seconds a server may take to become ready.
+        hang_timeout: Seconds without a byte after which a request counts as hung.
     """
 
     baseline: str | None
@@ -56,6 +60,8 @@ class Settings:
     tolerances: Mapping[str, float]
     launches: int
     pairs: int
+    start_timeout: float = DEFAULT_START_TIMEOUT
+    hang_timeout: float = DEFAULT_HANG_TIMEOUT
 
 
 def read_settings(
@@ -131,6 +137,12 @@ def read_settings(
         tolerances=_tolerances(_strings(ini("llmperf_tolerances"))),
         launches=_count(ini("llmperf_launches"), DEFAULT_LAUNCHES, "launches"),
         pairs=_count(ini("llmperf_pairs"), DEFAULT_PAIRS, "pairs"),
+        start_timeout=_number(
+            None, ini("llmperf_start_timeout"), DEFAULT_START_TIMEOUT, "start_timeout", 1.0
+        ),
+        hang_timeout=_number(
+            None, ini("llmperf_hang_timeout"), DEFAULT_HANG_TIMEOUT, "hang_timeout", 1.0
+        ),
     )
 
 

@@ -347,7 +347,10 @@ def incomparable(metric: Metric, differences: Sequence[str]) -> Verdict:
         differences: What differs and how to mend it, each in a few words.
     """
     listed = "; ".join(differences) or "the conditions differ"
-    reason = f"{metric.name} cannot be compared with the baseline: {listed}"
+    reason = (
+        f"{metric.name} cannot be compared with the baseline, the conditions differ: {listed}: "
+        "restore them, or record anew with `pytest --update-baselines`"
+    )
     return _nothing(metric, Outcome.INCOMPARABLE, reason, {"differences": list(differences)})
 
 

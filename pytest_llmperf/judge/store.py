@@ -148,12 +148,13 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def lock_path(path: Path) -> Path:
-    """The lock that guards a baseline file; in the user's cache, not in the committed folder.
+    """The lock that guards a baseline file; in the cache, not in the committed folder.
 
     It holds among the processes of one user on one host.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    return Path(platformdirs.user_cache_dir("pytest-llmperf")) / "locks" / f"{name}.lock"
+    cache = os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_dir("pytest-llmperf")
+    return Path(cache).expanduser() / "locks" / f"{name}.lock"
 
 
 def update(

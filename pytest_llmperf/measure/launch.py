@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -48,6 +49,7 @@ class Launch:
         vram: MiB by GPU index, empty where not known.
         requests: Requests answered, warm-ups included.
         digests: Workload name to the digest of its token ids.
+        model: Name of the model file, as the server tells it.
     """
 
     build: str
@@ -60,6 +62,7 @@ class Launch:
     vram: Mapping[int, float] = field(default_factory=dict)
     requests: int = 0
     digests: dict[str, str] = field(default_factory=dict)
+    model: str = ""
 
 
 class Session:
@@ -80,6 +83,7 @@ class Session:
             command=server.shown_command,
             log=str(server.log or ""),
             started=time.time(),
+            model=Path(str(server.props.get("model_path", ""))).name,
         )
 
     def settle(self) -> None:

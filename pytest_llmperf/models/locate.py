@@ -160,7 +160,9 @@ def _find(model: Model, folders: Sequence[Path]) -> Path:
             if candidate.is_file():
                 return candidate.absolute()
     if not folders:
-        raise ModelError(f"model `{model.name}`: no folder to look for {name} in: {_WHERE}")
+        raise ModelError(
+            f"model `{model.name}`: no folder is named in which {name} could be: {_WHERE}"
+        )
     searched = ", ".join(
         str(folder) if folder.is_dir() else f"{folder} (no such folder)" for folder in folders
     )

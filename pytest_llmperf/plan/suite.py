@@ -75,6 +75,23 @@ class Suite:
         return table[name]
 
 
+def check_tolerance(metric: str, value: object) -> float:
+    """Return a relative tolerance, checked.
+
+    Raises:
+        PlanError: If there is no such metric, or the value is no fraction.
+    """
+    if metric not in METRICS:
+        raise PlanError(
+            f"no metric `{metric}`{nearest(metric, METRICS)}: there are {', '.join(METRICS)}"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise PlanError(
+            f"`{metric}` must be a fraction from 0 to below 1 (0.05 is 5 %), not {value!r}"
+        )
+    return float(value)
+
+
 class _Reader:
     """Walks a parsed TOML document and knows where each key stands."""
 
@@ -226,19 +243,10 @@ class _Reader:
     def tolerances(self, table: object, *where: str) -> dict[str, float]:
         found: dict[str, float] = {}
         for key, value in self.table(table, *where).items():
-            if key not in METRICS:
-                raise self.fail(
-                    f"no metric `{key}`{nearest(key, METRICS)}: there are {', '.join(METRICS)}",
-                    *where,
-                    key,
-                )
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise self.fail(
-                    f"`{key}` must be a fraction from 0 to below 1 (0.05 is 5 %), not {value!r}",
-                    *where,
-                    key,
-                )
-            found[key] = float(value)
+            try:
+                found[key] = check_tolerance(key, value)
+            except PlanError as error:
+                raise self.fail(str(error), *where, key) from error
         return found
 
     def workload(self, name: str, table: dict[str, object]) -> Workload:

@@ -117,6 +117,14 @@ class Client:
         """
         return self._json("GET", path, None)
 
+    def post(self, path: str, body: object) -> Any:  # noqa: ANN401 - JSON is what the server says it is
+        """Send JSON to a route and return the JSON it answers.
+
+        Raises:
+            ServerError: If it is not answered with 200 and JSON.
+        """
+        return self._json("POST", path, body)
+
     def status(self, path: str, key: str | None = None) -> int:
         """Return the HTTP status of a route, 0 if nothing answers.
 

@@ -69,6 +69,7 @@ class Server:
         log: Its log file, or None for an endpoint.
         load_ms: Process start to ready, in milliseconds; None for an endpoint.
         props: What ``/props`` answered.
+        stopped: Whether :meth:`stop` was called.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Server:
         self.log = process.log if process else None
         self.load_ms = load_ms
         self.props = props
+        self.stopped = False
         self._process = process
         self._key_file = key_file
 
@@ -114,6 +116,7 @@ class Server:
 
     def stop(self) -> None:
         """Stop the server and all its processes. Safe to call again."""
+        self.stopped = True
         self.client.close()
         if self._process is not None:
             self._process.stop()

@@ -58,3 +58,27 @@ def test_running_server_is_a_build(project: Project, monkeypatch: pytest.MonkeyP
         done = project.run(f"--llmperf-build={server.url}", "--update-baselines", "-k", "decode")
         assert done.verdicts() == {"one/w decode_tps": "RECORDED"}, done.text
         assert server.alive()
+
+
+def test_gate_in_the_same_test_stops_the_server(project: Project) -> None:
+    """Measuring stops the shared server; that is no crash."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=["one"])
+        def test_both(llama_server, memory):
+            assert llama_server.client.post("/tokenize", {"content": "a"})["tokens"]
+            memory.gate("n_ctx")
+        """,
+    )
+    done = project.run("--baseline=embedded")
+    assert done.code == 0, done.text
+
+
+def test_build_alone_needs_no_case(project: Project) -> None:
+    """A test may ask for nothing but the build."""
+    project.write("test_suite.py", "def test_number(build):\n    assert build.number == 11549\n")
+    done = project.run("--baseline=embedded", report=False)
+    assert done.code == 0, done.text

@@ -129,3 +129,20 @@ def test_unregistered_mark_of_a_config(project: Project) -> None:
     done = project.run()
     assert done.code == 4
     assert "config card: marks = ['slwo']" in done.text
+
+
+def test_tolerance_of_a_marker_is_checked(project: Project) -> None:
+    """A marker's tolerances obey the rules of the suite file's."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=["one"], tolerances={"n_ctxx": 5})
+        def test_context(memory):
+            memory.gate("n_ctx")
+        """,
+    )
+    done = project.run()
+    assert done.code == 4
+    assert "no metric `n_ctxx` (nearest: n_ctx)" in done.text

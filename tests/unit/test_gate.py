@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -120,7 +121,7 @@ def ask(
         case=case,
         metric=metric,
         tolerance=metric.tolerance,
-        budget=budget,
+        deadline=time.monotonic() + budget,
         launches=launches,
         fingerprint=lambda _launch: FINGERPRINT if fingerprint is None else fingerprint,
     ).answer(comparison)
