@@ -167,10 +167,13 @@ class Question:
             index = len(screen) + len(confirm)
             # Blocks that other tests of the config had measured cost nothing.
             to_measure = index >= self.campaign.measured[0]
-            if to_measure and index > 0 and time.monotonic() > self.deadline:
+            # A suspicion gets its confirmation whatever the budget: a gross slowdown must not
+            # pass because time was short.
+            screening = decision.wants == "screen"
+            if screening and to_measure and index > 0 and time.monotonic() > self.deadline:
                 last = True
             else:
-                (screen if decision.wants == "screen" else confirm).append(self._block(index))
+                (screen if screening else confirm).append(self._block(index))
 
     def _stored(self, stored: Stored) -> Verdict:
         case, metric = self.case, self.metric

@@ -386,13 +386,20 @@ def test_a_slowdown_of_one_block_is_not_confirmed() -> None:
 
 
 def test_a_spent_budget_is_inconclusive() -> None:
-    """The first block is always measured, the confirmation no longer; the reason says why."""
-    canned = Canned("decode_tps", around(65.0))
+    """The first block is always measured, no second one once time is up; the reason says why."""
+    canned = Canned("decode_tps", around(100.0))
     verdict = ask(canned, SideBySide(), budget=-1.0)
     assert verdict.outcome is Outcome.INCONCLUSIVE
-    assert "budget was spent before this slowdown could be confirmed" in verdict.reason
+    assert "the budget was spent" in verdict.reason
     assert "--llmperf-budget" in verdict.reason
     assert canned.blocks == 1
+
+
+def test_a_suspicion_is_confirmed_whatever_the_budget() -> None:
+    """A gross slowdown does not pass because time was short."""
+    canned = Canned("decode_tps", around(65.0))
+    assert ask(canned, SideBySide(), budget=-1.0).outcome is Outcome.REGRESSION
+    assert canned.blocks == 3
 
 
 def test_blocks_that_others_measured_cost_nothing() -> None:
