@@ -93,7 +93,7 @@ def test_a_missing_file_lists_the_folders_and_the_mend(tmp_path: Path) -> None:
 
 def test_no_folder_at_all_has_its_own_message(tmp_path: Path) -> None:
     """There is nothing to list."""
-    with pytest.raises(ModelError, match=r"no folder is named in which tiny\.gguf could be: .*LLMPERF_MODELS"):
+    with pytest.raises(ModelError, match=r"in which tiny\.gguf could be: .*LLMPERF_MODELS"):
         locate(tiny("tiny.gguf"), [], tmp_path)
 
 
