@@ -110,6 +110,11 @@ class Campaign:
         return self._launches[index]
 
     @property
+    def endpoint(self) -> bool:
+        """Whether a side is a running server, so that its launches are one start in truth."""
+        return any(build is not None and build.url is not None for build in (self.new, self.base))
+
+    @property
     def measured(self) -> tuple[int, int]:
         """Return how many blocks and single launches exist so far."""
         return len(self._blocks), len(self._launches)
@@ -121,13 +126,17 @@ class Campaign:
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
         self.before()
-        self.lock.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
         try:
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0.05)
         except Timeout:
             self.serve.progress("waiting for another run on this machine to finish measuring")
             lock.acquire()
+        except OSError as error:
+            raise RunError(
+                f"cannot lock {self.lock}: {error.strerror}; set LLMPERF_CACHE"
+            ) from error
         try:
             yield
         except LlmperfError as error:

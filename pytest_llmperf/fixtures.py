@@ -63,7 +63,13 @@ class Gate:
         wrong = ""
         try:
             asked = {metric: own.get(metric) for metric in metrics}
-            result = self._run.gate(node.nodeid, self.case, asked, self._deadline)
+            result = self._run.gate(
+                node.nodeid,
+                self.case,
+                asked,
+                self._deadline,
+                gpu=node.get_closest_marker("gpu") is not None,
+            )
         except PlanError as error:
             wrong = str(error)
         finally:
@@ -118,7 +124,9 @@ def build(_llmperf_run: Run) -> Build:
 
 
 @pytest.fixture
-def llama_server(_llmperf_run: Run, llmperf_case: Case) -> Iterator[Server]:
+def llama_server(
+    request: pytest.FixtureRequest, _llmperf_run: Run, llmperf_case: Case
+) -> Iterator[Server]:
     """A running server of the build under test with this test's config.
 
     One start serves all tests of the config; ``llama_server.client`` asks it, and
@@ -128,7 +136,8 @@ def llama_server(_llmperf_run: Run, llmperf_case: Case) -> Iterator[Server]:
 
     failed = ""
     try:
-        server = _llmperf_run.server(llmperf_case.config)
+        marked = request.node.get_closest_marker("gpu") is not None
+        server = _llmperf_run.server(llmperf_case.config, gpu=marked)
     except LlmperfError as error:
         failed = str(error)
     if failed:

@@ -47,6 +47,7 @@ class Stored:
     baseline: Baseline
     label: str
     path: str
+    build_option: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,11 @@ class Question:
         """Measure until the verdict is clear or the budget is spent."""
         verdict = self._answer(comparison)
         # Where nothing was compared, the tolerance that would have counted is shown all the same.
-        return replace(verdict, tolerance=self.tolerance) if verdict.mode == "none" else verdict
+        if verdict.mode == "none":
+            return replace(verdict, tolerance=self.tolerance)
+        decided = {Outcome.PASS, Outcome.IMPROVED, Outcome.REGRESSION}
+        timed = verdict.mode in {"stored", "side-by-side"} and verdict.outcome in decided
+        return one_start(verdict) if timed and self.campaign.endpoint else verdict
 
     def _answer(self, comparison: Comparison) -> Verdict:
         metric = self.metric
@@ -126,6 +131,16 @@ class Question:
         if isinstance(comparison, Stored):
             return self._stored(comparison)
         return recorded(self.metric, self._launches(0, self.launches))
+
+    def _after(self, must: Callable[[], object]) -> float:
+        """Do what every verdict needs and return the deadline put off by what it took.
+
+        The budget is for measuring again; the first measuring, and waiting for another run to
+        finish its own, do not spend it.
+        """
+        began = time.monotonic()
+        must()
+        return self.deadline + time.monotonic() - began
 
     def _check_workload(self) -> None:
         workload = self.case.workload
@@ -158,6 +173,7 @@ class Question:
         screen: list[Block] = []
         confirm: list[Block] = []
         last = False
+        deadline = self._after(lambda: self._block(0))
         while True:
             decision = decide_side_by_side(
                 self.metric, screen, confirm, tolerance=self.tolerance, last=last
@@ -170,7 +186,7 @@ class Question:
             # A suspicion gets its confirmation whatever the budget: a gross slowdown must not
             # pass because time was short.
             screening = decision.wants == "screen"
-            if screening and to_measure and index > 0 and time.monotonic() > self.deadline:
+            if screening and to_measure and index > 0 and time.monotonic() > deadline:
                 last = True
             else:
                 (screen if screening else confirm).append(self._block(index))
@@ -199,12 +215,13 @@ class Question:
     def _unknown(self, stored: Stored, *, published: bool) -> Verdict:
         by_report = stored.baseline.recorded.get("by") == "published"
         if published and by_report:
+            # Measured all the same: a build that cannot run this case must not pass it.
+            self._launches(0, 1)
             return unpublished(self.metric, stored, self.case)
         return missing(
             self.metric,
             f"{stored.path} has no {self.metric.name} for {self.case.key}: record it with "
-            f"`pytest -k {self.case.config.name} --llmperf-build=SPEC "
-            f"--update-baselines`, where SPEC is build {stored.label}",
+            f"`pytest -k {self.case.config.name} {stored.build_option} --update-baselines`",
         )
 
     def _repeatedly(self, base: Sequence[Sequence[float]], prior: Prior | None) -> Verdict:
@@ -215,11 +232,12 @@ class Question:
             return compare_stored(self.metric, base, taken, tolerance=self.tolerance, prior=prior)
 
         end = self.launches
+        deadline = self._after(lambda: self._launches(0, end))
         verdict = judge(0, end)
         while (
             verdict.outcome is Outcome.INCONCLUSIVE
             and end < 2 * self.launches
-            and time.monotonic() < self.deadline
+            and time.monotonic() < deadline
         ):
             end += 1
             verdict = judge(0, end)
@@ -241,6 +259,17 @@ def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:
         new=tuple(new),
         paired=pair.together and len(base) == len(new),
         order=pair.orders.get(name, ""),
+    )
+
+
+def one_start(verdict: Verdict) -> Verdict:
+    """Return what a verdict on a running server is worth: requests of one start prove little."""
+    return replace(
+        verdict,
+        outcome=Outcome.INCONCLUSIVE,
+        evidence={**verdict.evidence, "one_start": True},
+        reason=f"{verdict.outcome.value} by the requests of one start of a running server, and "
+        "starts of equal builds differ: let the harness start it to know",
     )
 
 

@@ -198,10 +198,13 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
     if marker.args or set(marker.kwargs) - allowed:
         raise PlanError(f"{name}: the marker llmperf takes {', '.join(sorted(allowed))} by name")
     for key in ("configs", "workloads"):
-        if isinstance(marker.kwargs.get(key), str):
-            raise PlanError(f'{name}: llmperf({key}=...) is a list: write ["..."]')
+        names = marker.kwargs.get(key, [])
+        if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
+            raise PlanError(f'{name}: llmperf({key}=...) is a list of names: write ["..."]')
+        if len(set(names)) != len(names):
+            raise PlanError(f"{name}: llmperf({key}=...) names one twice")
     tolerances = marker.kwargs.get("tolerances", {})
-    if not isinstance(tolerances, dict):
+    if not isinstance(tolerances, dict) or not all(isinstance(m, str) for m in tolerances):
         raise PlanError(f'{name}: llmperf(tolerances=...) is a dict: write {{"decode_tps": 0.05}}')
     for metric, tolerance in tolerances.items():
         try:
@@ -218,7 +221,7 @@ def _marks(case: Case) -> list[pytest.MarkDecorator]:
     names = [*(["gpu"] if case.config.gpu else []), *case.config.marks]
     try:
         return [getattr(pytest.mark, name) for name in dict.fromkeys(names)]
-    except (pytest.fail.Exception, AttributeError):
+    except (pytest.fail.Exception, pytest.PytestUnknownMarkWarning, AttributeError):
         from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
 
         raise PlanError(
@@ -299,6 +302,7 @@ def _gave_up(state: _State, error: Exception | None, items: list[pytest.Item]) -
         raise error
     output = getattr(state.config, "workeroutput", None)
     if output is None:
+        state.error = None  # told now, not again at the end
         raise pytest.UsageError(str(error)) from None
     state.error = error
     output["llmperf_error"] = str(error)
@@ -333,10 +337,13 @@ class _Collector:
 
     def __init__(self, state: _State) -> None:
         self._state = state
+        self._failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep a test's results; record those of a passed one at once, so that none is lost."""
-        if report.when != "call":
+        # A fixture of the user's may call gate() too; at teardown all properties are there.
+        if report.when != "teardown":
+            self._failed |= {report.nodeid} if report.failed else set()
             return
         texts = [value for name, value in report.user_properties if name == "llmperf"]
         if not texts:
@@ -346,7 +353,8 @@ class _Collector:
         results = [Result.loads(str(text)) for text in texts]
         self._state.seen += results
         state = self._state
-        if report.passed and state.settings.update and not _is_worker(state.config):
+        passed = report.passed and report.nodeid not in self._failed
+        if passed and state.settings.update and not _is_worker(state.config):
             from pytest_llmperf.errors import BaselineError  # noqa: PLC0415 - only when used
             from pytest_llmperf.session import write_baselines  # noqa: PLC0415 - only when used
 

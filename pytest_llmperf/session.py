@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ def check_baseline_name(settings: Settings, suite: Suite) -> None:
         UserError: With all that there is.
     """
     name = settings.baseline
-    if name is None:
+    if name is None or settings.update:
         return
     labels = store.labels(settings.baselines)
     if name in labels or is_spec(name, suite.builds, settings.root):
@@ -96,7 +97,6 @@ class Run:
         folder: Run folder: logs.
         progress: Says what goes on.
         seed: Seed of the coin flips.
-        results: What this process measured, in order.
     """
 
     settings: Settings
@@ -108,7 +108,6 @@ class Run:
     progress: Progress
     seed: int
     selected: Mapping[str, Sequence[Case]]
-    results: list[Result] = field(default_factory=list)
     _campaigns: dict[str, Campaign] = field(default_factory=dict)
     _models: dict[str, Path] = field(default_factory=dict)
     _server: Server | None = None
@@ -123,6 +122,8 @@ class Run:
         case: Case,
         asked: Mapping[str, float | None],
         deadline: float | None = None,
+        *,
+        gpu: bool = False,
     ) -> Result:
         """Judge metrics of a case.
 
@@ -132,6 +133,7 @@ class Run:
             asked: Metric name to the test's own tolerance, or None for the next lower source.
             deadline: ``time.monotonic()`` after which nothing is measured again; by default
                 the budget from now.
+            gpu: Whether the test is marked ``gpu``, whatever its config says.
 
         Raises:
             PlanError: If there is no such metric.
@@ -142,18 +144,17 @@ class Run:
                     f"no metric `{name}`{nearest(name, METRICS)}: there are {', '.join(METRICS)}"
                 )
         try:
+            self._require_gpu(needed=gpu or case.config.gpu)
             campaign = self.campaign(case.config)
         except LlmperfError as error:
             verdicts = [failed(METRICS[name], str(error)) for name in asked]
-            return self._keep(
-                Result(
-                    nodeid,
-                    case.key,
-                    self._side(self.new, ()),
-                    None,
-                    self.machine_key,
-                    tuple(verdicts),
-                )
+            return Result(
+                nodeid,
+                case.key,
+                self._side(self.new, ()),
+                None,
+                self.machine_key,
+                tuple(verdicts),
             )
         until = time.monotonic() + self.settings.budget if deadline is None else deadline
         verdicts = [
@@ -168,9 +169,9 @@ class Run:
             ).answer(self.comparison)
             for name, own in asked.items()
         ]
-        return self._keep(self._result(nodeid, case, campaign, verdicts))
+        return self._result(nodeid, case, campaign, verdicts)
 
-    def server(self, config: Config) -> Server:
+    def server(self, config: Config, *, gpu: bool = False) -> Server:
         """Return a running server of the build under test, started once a config.
 
         Raises:
@@ -181,7 +182,7 @@ class Run:
         ):
             self.close_server()
         if self._server is None:
-            self._require_gpu(config)
+            self._require_gpu(needed=gpu or config.gpu)
             model = self.model(config) if self.new.url is None else Path()
             self._server = start(self.new, config, model, self._serve_plan())
         return self._server
@@ -213,7 +214,7 @@ class Run:
             LlmperfError: If the config's model or a GPU it needs is not there.
         """
         if config.name not in self._campaigns:
-            self._require_gpu(config)
+            self._require_gpu(needed=config.gpu)
             wanted = {c.workload.name for c in self.selected.get(config.name, ()) if c.workload}
             self._campaigns[config.name] = Campaign(
                 config=config,
@@ -287,6 +288,12 @@ class Run:
 
     # -- inside ----------------------------------------------------------------------------
 
+    @property
+    def _options(self) -> str:
+        """What to type to compare the same things again."""
+        given = [("--llmperf-build", self.settings.build), ("--baseline", self.settings.baseline)]
+        return " ".join(f"{name}={shlex.quote(value)}" for name, value in given if value)
+
     def _serve_plan(self) -> ServePlan:
         return ServePlan(
             folder=self.folder,
@@ -300,8 +307,8 @@ class Run:
         """Whether any server is started here, and not only connected to."""
         return any(build is not None and build.url is None for build in (self.new, self.base))
 
-    def _require_gpu(self, config: Config) -> None:
-        if not config.gpu:
+    def _require_gpu(self, *, needed: bool) -> None:
+        if not needed:
             return
         if not self._gpu_checked:
             self._gpu_checked = True
@@ -327,10 +334,6 @@ class Run:
                 'runner, or leave them out with -m "not gpu"'
             )
         return None
-
-    def _keep(self, result: Result) -> Result:
-        self.results.append(result)
-        return result
 
     def _side(self, build: Build, launches: Sequence[Launch]) -> Side:
         return Side(
@@ -359,7 +362,12 @@ class Run:
             base = self._side(self.base, [pair.base for pair in pairs])
         elif isinstance(self.comparison, Stored):
             block = self.comparison.baseline.build
-            about = f"{self.comparison.label} ({block.get('source')}, from {self.comparison.path})"
+            number = f"build {block.get('number')}" if block.get("number") else "number unknown"
+            made = self.comparison.baseline.recorded
+            about = (
+                f"{self.comparison.label} ({number}, commit {block.get('commit') or 'unknown'}, "
+                f"{block.get('source')}; {made.get('by')} {made.get('at')}, {self.comparison.path})"
+            )
             base = Side(label=self.comparison.label, about=about)
         return Result(
             nodeid=nodeid,
@@ -369,6 +377,7 @@ class Run:
             machine=self.machine_key,
             verdicts=tuple(verdicts),
             fingerprint=self.fingerprint(case, new[0]) if new else {},
+            options=self._options,
             measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
         )
 
@@ -441,20 +450,32 @@ def _comparison(
                 f"with {record}, or measure a second build side by side with --baseline=SPEC"
             ), None
     if (path := store.find(settings.baselines, name, key)) is not None:
-        return Stored(store.load(path), name, str(path)), None
+        return Stored(store.load(path), name, str(path), _spec_of(name, suite, new)), None
     if is_spec(name, suite.builds, settings.root):
         spec = parse_spec(name, suite.builds, settings.root)
         return SideBySide(), resolve(spec, settings.cache, progress)
     return Absent(
         f"baseline {name} was not recorded on this machine ({key}): record it with `pytest "
-        f"--llmperf-build=SPEC --update-baselines`, where SPEC is build {name}, or measure it side "
-        "by side with --baseline=SPEC"
+        f"{_spec_of(name, suite, new)} --update-baselines`, or measure it "
+        "side by side with --baseline=SPEC, SPEC being its build"
     ), None
+
+
+def _spec_of(name: str, suite: Suite, new: Build) -> str:
+    """Return the option that makes the build of a baseline the build under test."""
+    if name in suite.builds:
+        return f"--llmperf-build={name}"
+    if name == new.label:
+        return f"--llmperf-build={shlex.quote(new.source)}"
+    return f"--llmperf-build='<spec of {name}>'"
 
 
 def _run_folder(parent: Path) -> Path:
     """Return a new run folder; the oldest ones go, except those of runs that still go on."""
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{parent}: cannot keep logs there: {error.strerror}") from error
     (parent / ".gitignore").write_text("*\n", "utf-8")
     runs = sorted(p for p in parent.glob("run-*") if p.is_dir() and not _goes_on(p))
     for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
@@ -509,7 +530,9 @@ def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Writt
                 result.case: store.Measured(fingerprint=result.fingerprint, metrics=result.measured)
             },
         )
-        written.append(Written(path, changes))
+        # A test that measured nothing makes no file.
+        if path.is_file():
+            written.append(Written(path, changes))
     return written
 
 

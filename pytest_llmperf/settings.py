@@ -18,7 +18,7 @@ DEFAULT_PAIRS = 4
 DEFAULT_START_TIMEOUT = 600.0
 DEFAULT_HANG_TIMEOUT = 300.0
 # A build spec that is a path, not a name, a URL or `pypi:…`.
-_RELATIVE = re.compile(r"^(?![~/])[^:]*/")
+_RELATIVE = re.compile(r"^(?:\.{1,2}$|(?![~/])[^:]*/)")
 
 
 @dataclass(frozen=True, slots=True)

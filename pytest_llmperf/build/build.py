@@ -34,6 +34,8 @@ class Build:
         options: Server options it adds to every config.
         env: Environment variables its servers get.
         note: What a person must know about it, such as an unknown number.
+        stopped_share: Share of the time in which its servers are stopped: the known slowdown that
+            calibration measures its verdicts with.
     """
 
     label: str
@@ -46,6 +48,7 @@ class Build:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    stopped_share: float = 0.0
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from dataclasses import dataclass
 
+from pytest_llmperf.build.ask import answer_of
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import BuildError
 
 _DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
 
@@ -31,27 +29,7 @@ def devices_of(build: Build) -> tuple[Device, ...]:
     """
     if not build.command:
         return ()
-    try:
-        done = subprocess.run(  # noqa: S603 - the build's own program
-            [*build.command, "--list-devices"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=120,
-            check=False,
-            env={**os.environ, **build.env},
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"build {build.label}: cannot run `--list-devices`: {error}") from error
-    if done.returncode != 0:
-        # Else a missing CUDA library would look like a machine without a GPU.
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise BuildError(
-            f"build {build.label}: `--list-devices` ended with {done.returncode}: "
-            f"{said[-1] if said else 'no output'}"
-        )
+    text, _ = answer_of(build.command, "--list-devices", build.env, f"build {build.label}")
     return tuple(
-        Device(match[1], match[2], int(match[3]), int(match[4]))
-        for match in _DEVICE.finditer(done.stdout)
+        Device(match[1], match[2], int(match[3]), int(match[4])) for match in _DEVICE.finditer(text)
     )

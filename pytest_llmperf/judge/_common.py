@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pytest_llmperf.judge.statistics import Estimate, Prior
+from pytest_llmperf.judge.statistics import Estimate, Prior, set_aside
 from pytest_llmperf.judge.verdict import Mode, Outcome, Verdict
 from pytest_llmperf.metrics import Metric
+
+ROUNDING = 1e-9
+"""A log effect this close to a limit lies on it: a mirrored metric must be judged alike."""
 
 Launches = Sequence[Sequence[float]]
 
@@ -53,6 +56,23 @@ def interval_of(worse: Estimate, direction: int, alpha: float) -> tuple[float, f
     """
     low, high = sorted(relative(direction * end) for end in worse.bounds(alpha))
     return low, high
+
+
+def odd_ones(worsenings: Sequence[float], prior: Prior | None, alpha: float) -> tuple[int, ...]:
+    """Which blocks or launches a look does without: those that ``set_aside`` names.
+
+    None of them where two or more are odd for the worse. With one start in forty odd, two of six
+    blocks are so in one verdict of a hundred, while a build that starts slowly every now and then
+    shows just this, and must not pass.
+
+    Args:
+        worsenings: Log values, positive where worse.
+        prior: What is known of their spread.
+        alpha: Probability that any of a set of equal kind is set aside.
+    """
+    odd = set_aside(worsenings, prior, alpha)
+    centre = median(worsenings)
+    return odd if sum(worsenings[i] > centre for i in odd) <= 1 else ()
 
 
 def prior_json(prior: Prior | None) -> dict[str, object] | None:
@@ -134,15 +154,22 @@ def without_logs(draft: Draft) -> Verdict | None:
 
 def _error(draft: Draft, what: str) -> Verdict:
     reason = f"{draft.metric.name} cannot be judged: {what}; measure it again"
-    # The offending sample may be NaN, which no JSON holds: the reason names it instead.
-    return draft.verdict(Outcome.ERROR, reason, {})
+    return draft.verdict(Outcome.ERROR, reason, _launches_json(draft))
 
 
 def _launches_json(draft: Draft) -> dict[str, object]:
     return {
-        "base": [list(launch) for launch in draft.base_launches],
-        "new": [list(launch) for launch in draft.new_launches],
+        "mode": draft.mode,
+        "unusable": {
+            "base": [[number_json(v) for v in launch] for launch in draft.base_launches],
+            "new": [[number_json(v) for v in launch] for launch in draft.new_launches],
+        },
     }
+
+
+def number_json(value: float) -> float | str:
+    """A sample for evidence: as text where it is not finite, which no JSON number is."""
+    return value if math.isfinite(value) else str(value)
 
 
 def change_of(base: float, new: float) -> float | None:

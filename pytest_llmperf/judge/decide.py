@@ -29,6 +29,7 @@ from pytest_llmperf.judge._common import (
     finding,
     interval_of,
     margin_of,
+    number_json,
     percent,
     plural,
     prior_json,
@@ -199,19 +200,36 @@ def _judge_stored(
         reason = f"{found}, shown to be within the tolerance of {allowed}"
         return draft.verdict(Outcome.PASS, reason, evidence)
     counts = len(draft.base_launches), len(draft.new_launches)
-    lack = _lacking(abs(worse.effect - margin), worse, counts, alpha)
-    if lack is None:
-        advice = f"even {MOST_LAUNCHES} launches of each build would hardly tell"
-    else:
-        parts = []
-        if lack["base"]:
-            parts.append(f"{lack['base']} more of the baseline (--update-baselines on its build)")
-        if lack["new"]:
-            parts.append(f"{lack['new']} more of the build under test")
-        advice = f"about {' and '.join(parts)} are missing, counted in launches"
-    evidence["missing"] = lack
+    distance = abs(worse.effect - margin)
+    evidence["missing"], advice = lacking_launches(distance, worse, counts, alpha)
     reason = f"{found}, neither within nor beyond the tolerance of {allowed}: {advice}"
     return draft.verdict(Outcome.INCONCLUSIVE, reason, evidence)
+
+
+def lacking_launches(
+    distance: float, worse: Estimate, counts: tuple[int, int], alpha: float
+) -> tuple[dict[str, int] | None, str]:
+    """How many launches are missing for a clear verdict, and the same in words.
+
+    Args:
+        distance: Distance of the effect from the margin, in log units.
+        worse: The effect with its standard error.
+        counts: Launches of the baseline and of the build under test behind it.
+        alpha: Probability of an error that the verdict allows.
+
+    Returns:
+        The missing launches of ``base`` and ``new``, None where ``MOST_LAUNCHES`` of each are
+        too few; and the advice.
+    """
+    lack = _lacking(distance, worse, counts, alpha)
+    if lack is None:
+        return None, f"even {MOST_LAUNCHES} launches of each build would hardly tell"
+    parts = []
+    if lack["base"]:
+        parts.append(f"{lack['base']} more of the baseline (--update-baselines on its build)")
+    if lack["new"]:
+        parts.append(f"{lack['new']} more of the build under test")
+    return lack, f"about {' and '.join(parts)} are missing, counted in launches"
 
 
 def _lacking(
@@ -268,14 +286,22 @@ def compare_exact(
     draft = Draft(metric, "exact", tolerance, [[base]], [[new]], slack=slack)
     if not (math.isfinite(base) and math.isfinite(new)):
         reason = f"{metric.name} cannot be judged: {base} against {new}; measure it again"
-        return draft.verdict(Outcome.ERROR, reason, {})
+        ends = {"base": number_json(base), "new": number_json(new)}
+        return draft.verdict(Outcome.ERROR, reason, {"mode": "exact", "slack": slack} | ends)
     draft = replace(draft, base=base, new=new, change=change_of(base, new))
     allowed = max(slack, tolerance * abs(base))
     whole = float(base).is_integer() and float(new).is_integer()
     rounding = 1e-12 if whole else _ROUNDING
     threshold = allowed + rounding * max(abs(base), abs(new))
     worse = sign(metric) * (new - base)
-    evidence = {"mode": "exact", "statistic": worse, "threshold": threshold}
+    evidence: dict[str, object] = {
+        "mode": "exact",
+        "base": base,
+        "new": new,
+        "slack": slack,
+        "statistic": worse,
+        "threshold": threshold,
+    }
     values = f"{metric.name} is {new:.8g} {metric.unit}, {base:.8g} in the baseline"
     if worse > threshold:
         reason = (
@@ -317,8 +343,9 @@ def compare_published(metric: Metric, value: float, new: Launches, *, tolerance:
     draft = replace(
         draft, base=value, new=bounded_exp(log_new), change=relative(log_new - log_base)
     )
-    evidence = {
+    evidence: dict[str, object] = {
         "mode": "published",
+        "value": value,
         "new_launches": [bounded_exp(y) for y in log_means(new)],
         "statistic": worse,
         "threshold": margin,

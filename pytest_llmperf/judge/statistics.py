@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import Any
 
 import numpy as np
@@ -268,6 +268,16 @@ class Prior:
         """JSON values; an infinite ``d0`` is null, for which JSON has no number."""
         return {"s0": self.s0, "d0": self.d0 if math.isfinite(self.d0) else None}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Prior:
+        """The prior that ``to_json`` wrote.
+
+        Raises:
+            KeyError: A missing value.
+            ValueError: A value out of range.
+        """
+        return cls(float(data["s0"]), math.inf if data["d0"] is None else float(data["d0"]))
+
 
 def moderate(s2: float, df: float, prior: Prior | None) -> tuple[float, float]:
     """A variance drawn towards a prior: (d0 s0² + df s²) / (d0 + df) and d0 + df.
@@ -437,6 +447,50 @@ def mean_estimate(effects: Sequence[float], prior: Prior | None) -> Estimate:
     n = len(values)
     s2, df = moderate(float(values.var(ddof=1)) if n > 1 else 0.0, n - 1, prior)
     return Estimate(float(values.mean()), math.sqrt(s2 / n), df)
+
+
+def set_aside(values: Sequence[float], prior: Prior | None, alpha: float) -> tuple[int, ...]:
+    """Which values are too far from the others to be of their kind.
+
+    One start in forty runs at 40 % of its speed: an effect thirty standard deviations away,
+    that moves a mean and its error out of all use. Such values are told by their distance from
+    the others, with k of n values, fewer than a third, tested together so that they do not hide
+    each other (after Rosner 1983, "Percentage points for a generalized ESD many-outlier
+    procedure").
+
+    For a value x and a set S of others, (x - mean of S) / (s̃ √(1 + 1/|S|)) with the moderated
+    s̃ of S follows Student's t with d0 + |S| - 1 degrees of freedom. What may be tested are
+    C(n, k) k such pairs for each k, and each gets an equal part of ``alpha``, so for normal
+    values with the variance that the prior says, any is set aside with probability ``alpha`` at
+    most. Of three values two odd ones would outvote the third, so none is set aside.
+
+    Args:
+        values: Log values.
+        prior: What is known of their spread; None if nothing is.
+        alpha: Probability that any of a set of equal kind is set aside, between 0 and 1.
+
+    Returns:
+        Indices, ascending; fewer than a third of all.
+    """
+    n = len(values)
+    most = (n - 1) // 3
+    if most <= 0:
+        return ()
+    centre = median(values)
+    # The farthest first; equal distances in their own order, so that the answer is one.
+    order = sorted(range(n), key=lambda i: -abs(values[i] - centre))
+    for k in range(most, 0, -1):
+        core = [values[i] for i in order[k:]]
+        size = len(core)
+        mean = math.fsum(core) / size
+        s2 = math.fsum((v - mean) ** 2 for v in core) / (size - 1)
+        moderated, df = moderate(s2, size - 1, prior)
+        level = alpha / (most * math.comb(n, k) * k)
+        # By the lower tail: 1 - level / 2 would lose the digits of a level this small.
+        reach = -student_t_ppf(level / 2, df) * math.sqrt(moderated * (1 + 1 / size))
+        if all(abs(values[i] - mean) > reach for i in order[:k]):
+            return tuple(sorted(order[:k]))
+    return ()
 
 
 def difference_estimate(base: Array, new: Array, prior: Prior | None) -> Estimate:

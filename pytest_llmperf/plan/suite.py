@@ -312,6 +312,10 @@ class _Reader:
                 )
             from_file: dict[str, OptionValue] = {}
             if env_file := self.take(table, "env-file", str, "", *where):
+                if not (self.path.parent / env_file).is_file():
+                    raise self.fail(
+                        f"no env-file {self.path.parent / env_file}", *where, "env-file"
+                    )
                 from_file = read_env_file(self.path.parent / env_file)
             tolerances = self.tolerances(table.get("tolerances", {}), *where, "tolerances")
             inherited: Mapping[str, OptionValue] = parent.options if parent else {}

@@ -37,7 +37,7 @@ class Progress:
     def __call__(self, text: str) -> None:
         """Show ``text`` for as long as nothing newer comes."""
         reporter = self._reporter
-        if reporter is None or reporter.config.get_verbosity() < 0:
+        if reporter is None or reporter.config.get_verbosity() < -1:
             return
         now = time.monotonic()
         if reporter.isatty:

@@ -44,6 +44,7 @@ class Result:
         verdicts: One a metric.
         fingerprint: What must be equal for two results to be comparable.
         measured: Metric name to the samples of each launch of the build under test.
+        options: The options that say what was compared with what, to repeat it.
     """
 
     nodeid: str
@@ -54,6 +55,7 @@ class Result:
     verdicts: tuple[Verdict, ...]
     fingerprint: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     measured: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    options: str = ""
 
     def dumps(self) -> str:
         """Return the result as one line of JSON."""
@@ -65,6 +67,7 @@ class Result:
             "machine": self.machine,
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "fingerprint": dict(self.fingerprint),
+            "options": self.options,
             "measured": {name: [list(one) for one in all_] for name, all_ in self.measured.items()},
         }
         return json.dumps(data, sort_keys=True)
@@ -96,6 +99,7 @@ class Result:
                 verdicts=tuple(Verdict.from_json(one) for one in data["verdicts"]),
                 fingerprint=data["fingerprint"],
                 measured=data["measured"],
+                options=data["options"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an llmperf result: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from pytest_llmperf.judge.verdict import Outcome, Verdict
@@ -118,12 +119,10 @@ def _explain(verdict: Verdict) -> list[str]:
 
 
 def _next_step(result: Result) -> str:
-    config = result.case.partition("/")[0]
     return (
         "  Next: repeat it alone with\n"
-        f"    pytest {result.nodeid.partition('[')[0]} -k {config!r} "
-        "with the same --baseline and --llmperf-build;\n"
-        "  if the change is known and accepted, raise the tolerance in the suite file or record "
+        f"    pytest {shlex.quote(result.nodeid)} {result.options}\n"
+        "  if the change is known and accepted, raise the tolerance in the suite file, or record "
         "this build with\n"
         "    pytest --update-baselines."
     )

@@ -125,16 +125,18 @@ class Client:
         """
         return self._json("POST", path, body)
 
-    def status(self, path: str, key: str | None = None) -> int:
+    def status(self, path: str, key: str | None = None, timeout: float | None = None) -> int:
         """Return the HTTP status of a route, 0 if nothing answers.
 
         Args:
             path: The route.
             key: Send this key in place of the server's own.
+            timeout: Seconds to wait, in place of the client's own.
         """
+        limit = self._timeout if timeout is None else timeout
         headers = {"Authorization": f"Bearer {key}"} if key else None
         try:
-            return self._http.get(path, headers=headers).status_code
+            return self._http.get(path, headers=headers, timeout=limit).status_code
         except httpx.HTTPError:
             return 0
 

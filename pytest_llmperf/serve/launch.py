@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import httpx
 
+from pytest_llmperf.build.ask import scrubbed_environment
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import dialect_of
 from pytest_llmperf.errors import BuildError, ServerError
@@ -23,6 +24,7 @@ from pytest_llmperf.plan.config import Config
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.client import Client
 from pytest_llmperf.serve.process import ServerProcess, describe_exit
+from pytest_llmperf.serve.throttle import Throttle
 
 DEFAULTS: Mapping[str, OptionValue] = {"parallel": 1, "cache-ram": 0, "offline": True}
 """Options of every server unless the config says otherwise.
@@ -31,11 +33,12 @@ One slot, since four share the context otherwise; no prompt cache in RAM, since 
 happens just before the clock starts; no network.
 """
 
-_SCRUBBED = ("LLAMA_", "GGML_", "AIP_", "HF_TOKEN")
 # What follows the address shows that it is whole: a log may be read in the middle of a line.
 _LISTENING = re.compile(rb"listening on (https?://[^\s,]+)[\s,]")
 _CONFIG_FILE = re.compile(rb"using config file: *(\S+)\s")
 _POLL = 0.005
+# A server that accepts but does not answer must not outwait the start timeout.
+_PROBE = 2.0
 _TAIL_LINES = 20
 _numbers = count(1)
 
@@ -95,6 +98,9 @@ class Server:
         self.stopped = False
         self._process = process
         self._key_file = key_file
+        self._throttle: Throttle | None = None
+        if process is not None and build.stopped_share:
+            self._throttle = Throttle(process.pid, build.stopped_share)
 
     @property
     def pid(self) -> int | None:
@@ -118,6 +124,9 @@ class Server:
         """Stop the server and all its processes. Safe to call again."""
         self.stopped = True
         self.client.close()
+        if self._throttle is not None:
+            # A stopped process would not hear that it is to end.
+            self._throttle.stop()
         if self._process is not None:
             self._process.stop()
         if self._key_file is not None:
@@ -147,12 +156,12 @@ def server_options(build: Build, config: Config) -> dict[str, OptionValue]:
     return {**DEFAULTS, **config.options, **build.options}
 
 
-def scrubbed_environment(build: Build, config_home: Path) -> dict[str, str]:
+def server_environment(build: Build, config_home: Path) -> dict[str, str]:
     """Return our environment without what would configure a server behind our back."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(_SCRUBBED)}
+    env = scrubbed_environment(build.env)
     # llama-server reads $XDG_CONFIG_HOME/llama.cpp/config.ini; ours is an empty folder.
-    env["XDG_CONFIG_HOME"] = str(config_home)
-    env.update(build.env)
+    if "XDG_CONFIG_HOME" not in build.env:
+        env["XDG_CONFIG_HOME"] = str(config_home)
     return env
 
 
@@ -210,7 +219,7 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
     try:
         command = compose(build, config, model, key_file, port)
         began = time.perf_counter()
-        process = ServerProcess(command, log, scrubbed_environment(build, config_home))
+        process = ServerProcess(command, log, server_environment(build, config_home))
     except BaseException:
         key_file.unlink(missing_ok=True)
         raise
@@ -337,7 +346,7 @@ def _wait_healthy(
 ) -> None:
     patience = _Patience(plan, f"{client.url}/health", began)
     while True:
-        status = client.status("/health")
+        status = client.status("/health", timeout=_PROBE)
         if status == httpx.codes.OK:
             return
         if (ended := process.poll()) is not None:

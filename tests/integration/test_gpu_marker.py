@@ -33,3 +33,28 @@ def test_can_be_left_out(project: Project) -> None:
     done = project.run("-m", "not gpu", "--update-baselines")
     assert done.code == 0, done.text
     assert done.verdicts() == {"one/launch n_ctx": "RECORDED"}
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_mark_of_the_test_counts_too(project: Project) -> None:
+    """A test marked ``gpu`` needs one, also with a config that runs anywhere."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.gpu
+        @pytest.mark.llmperf(configs=["one"])
+        def test_context(memory):
+            memory.gate("n_ctx")
+
+        @pytest.mark.gpu
+        @pytest.mark.llmperf(configs=["one"])
+        def test_server(llama_server):
+            pass
+        """,
+    )
+    done = project.run("-m", "gpu", "--update-baselines")
+    assert done.code == 1
+    assert done.verdicts() == {"one/launch n_ctx": "ERROR"}
+    assert "1 failed, 1 error" in done.text

@@ -40,7 +40,7 @@ def test_mistake_in_the_file(project: Project, wrong: str, said: str) -> None:
     first_new_line = SUITE.count("\n") + 2
     done = project.run()
     assert done.code == 4, done.text
-    assert said in done.text
+    assert done.text.count(said) == 1, "said once"
     assert any(
         f"llmperf.toml:{line}: " in done.text for line in (first_new_line, first_new_line + 1)
     ), done.text
@@ -146,3 +146,12 @@ def test_tolerance_of_a_marker_is_checked(project: Project) -> None:
     done = project.run()
     assert done.code == 4
     assert "no metric `n_ctxx` (nearest: n_ctx)" in done.text
+
+
+def test_missing_env_file_is_named_with_its_line(project: Project) -> None:
+    """The error points at the line of the suite file that asks for it."""
+    path = project.path / "suites" / "llmperf.toml"
+    path.write_text(SUITE + "\n[configs.more]\nextends = 'one'\nenv-file = 'gone.env'\n", "utf-8")
+    done = project.run()
+    assert done.code == 4
+    assert f"llmperf.toml:{SUITE.count(chr(10)) + 4}: no env-file" in done.text

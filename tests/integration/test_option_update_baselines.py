@@ -107,3 +107,50 @@ def test_refuses_to_compare_at_the_same_time(project: Project) -> None:
     done = project.run("--update-baselines", "--baseline=b8156")
     assert done.code == 4
     assert "run them one after the other" in done.text
+
+
+def test_default_baseline_of_the_ini_does_not_keep_from_recording_it(project: Project) -> None:
+    """The first set of a name can be recorded while the ini already names it."""
+    done = project.run("--update-baselines", "-o", "llmperf_baseline=b11549", "-k", "buffers")
+    assert done.code == 0, done.text
+    assert len(project.baseline_files()) == 1
+
+
+def test_gate_in_a_fixture_counts(project: Project) -> None:
+    """Results of a user's own fixture are shown and recorded."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.fixture
+        def context(memory):
+            return memory.gate("n_ctx")
+
+        @pytest.mark.llmperf(configs=["one"])
+        def test_it(context):
+            assert context.case == "one/launch"
+        """,
+    )
+    done = project.run("--update-baselines")
+    assert done.verdicts() == {"one/launch n_ctx": "RECORDED"}
+    assert len(project.baseline_files()) == 1
+
+
+def test_nothing_measured_writes_nothing(project: Project) -> None:
+    """A test that expects its gate to fail leaves no file, and no traceback."""
+    project.write(
+        "test_suite.py",
+        """
+        import pytest
+
+        @pytest.mark.llmperf(configs=["one"])
+        def test_it(memory):
+            with pytest.raises(pytest.fail.Exception):
+                memory.gate("kld_mean")
+        """,
+    )
+    done = project.run("--update-baselines")
+    assert done.code == 0, done.text
+    assert project.baseline_files() == []
+    assert "Traceback" not in done.text

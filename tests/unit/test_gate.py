@@ -79,6 +79,7 @@ class Canned:
     failures: dict[str, LlmperfError] = field(default_factory=dict)
     launches: int = 0
     blocks: int = 0
+    endpoint: bool = False
 
     @property
     def measured(self) -> tuple[int, int]:
@@ -148,7 +149,7 @@ def stored(
         results=results,
         fingerprints=known,
     )
-    return Stored(baseline, "b1", "baselines/b1/lab.json")
+    return Stored(baseline, "b1", "baselines/b1/lab.json", "--llmperf-build=b1")
 
 
 SPEED = stored({CASE.key: {"decode_tps": entry("decode_tps", around(100.0), 100.0)}})
@@ -344,7 +345,7 @@ def test_a_figure_that_a_report_does_not_give_is_inconclusive() -> None:
     verdict = ask(canned, stored(results, by="published", fingerprints={}))
     assert verdict.outcome is Outcome.INCONCLUSIVE
     assert "the report behind b1 gives no itl_ms for c7/short" in verdict.reason
-    assert canned.launches == 0
+    assert canned.launches == 1, "a build that cannot run the case must not pass it"
 
 
 def test_a_case_that_a_report_does_not_give_is_missing() -> None:
@@ -545,3 +546,26 @@ def test_a_prior_needs_two_other_cases() -> None:
     assert prior_of(spread, single, published) is None
     assert prior_of(spread, steady) is None
     assert prior_of(spread, spread) is not None
+
+
+def test_a_running_server_is_one_start() -> None:
+    """Its requests agree with each other, and so show neither a regression nor its absence."""
+    slow = Canned("decode_tps", around(65.0), endpoint=True)
+    verdict = ask(slow, SideBySide())
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "REGRESSION by the requests of one start" in verdict.reason
+
+
+def test_the_first_block_does_not_spend_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is for measuring again, so a slow first block leaves it whole."""
+    now = [1000.0]
+    monkeypatch.setattr("pytest_llmperf.gate.time.monotonic", lambda: now[0])
+
+    class Slow(Canned):
+        def block(self, index: int) -> PairedLaunches:
+            now[0] += 100.0 if index >= self.blocks else 0.0
+            return super().block(index)
+
+    canned = Slow("decode_tps", around(100.0))
+    ask(canned, SideBySide(), budget=50.0)
+    assert canned.blocks == 2

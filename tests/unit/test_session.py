@@ -359,7 +359,6 @@ def test_a_model_that_is_not_there_fails_every_metric(project: Project) -> None:
     result = run.gate("test", case_of(run, "lost"), {"rss_mib": None, "kv_mib": None})
     assert [v.outcome for v in result.verdicts] == [Outcome.ERROR, Outcome.ERROR]
     assert "no gone.gguf in" in result.verdicts[0].reason
-    assert run.results == [result]
     assert project.journal.starts() == []
 
 
@@ -385,7 +384,7 @@ def test_what_is_recorded_is_passed_by_the_next_run(project: Project) -> None:
     exact = again.gate("memory", case_of(run, "one"), {"kv_mib": None})
     assert exact.verdicts[0].outcome is Outcome.PASS
     assert result.base is not None
-    assert "from " in result.base.about
+    assert "measured 20" in result.base.about
 
 
 def test_a_crash_leaves_what_was_measured_before_it_comparable(project: Project) -> None:

@@ -128,7 +128,7 @@ def test_a_file_that_is_no_program_cannot_run(tmp_path: Path) -> None:
     path = tmp_path / "llama-server"
     path.write_bytes(b"\x7fELF-not")
     path.chmod(0o755)
-    with pytest.raises(BuildError, match=r"cannot run `.*llama-server --version`"):
+    with pytest.raises(BuildError, match=r"cannot run `--version`"):
         found(path, tmp_path)
 
 

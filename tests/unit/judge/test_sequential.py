@@ -168,11 +168,11 @@ def test_the_decision_is_a_pure_function(screen: list[float], confirm: list[floa
 
 @given(CHANGES, CHANGES)
 def test_only_wanted_blocks_count(screen: list[float], confirm: list[float]) -> None:
-    """An open decision is INCONCLUSIVE, and a final one has looked at enough of both kinds."""
+    """An open decision claims nothing bad, a final one has looked at enough of both kinds."""
     decision = decide(screen, confirm)
     verdict = decision.verdict
     if decision.wants is not None:
-        assert verdict.outcome is Outcome.INCONCLUSIVE
+        assert verdict.outcome in (Outcome.INCONCLUSIVE, Outcome.PASS)
     if verdict.outcome is Outcome.REGRESSION:
         assert verdict.launches_new >= 1 + DEFAULT_PLAN.confirm_blocks
     if verdict.outcome in (Outcome.PASS, Outcome.IMPROVED):
@@ -277,6 +277,8 @@ def test_plans_are_checked() -> None:
         SequentialPlan(confirm_blocks=0)
     with pytest.raises(ValueError, match="confirm_alpha"):
         SequentialPlan(confirm_alpha=0.7)
+    with pytest.raises(ValueError, match="odd_alpha"):
+        SequentialPlan(odd_alpha=0.01)
     with pytest.raises(ValueError, match="d0 above 0"):
         decide_side_by_side(DECODE, [], [], tolerance=0.05, prior=Prior(0.02, 0))
 
@@ -285,9 +287,11 @@ def test_no_more_is_spent_than_stated() -> None:
     """The parts of each alpha add up to it, and the bound is what the verdict states."""
     plan = DEFAULT_PLAN
     largest = plan.max_blocks + plan.max_confirmations * plan.confirm_blocks
-    spent = sum(plan.pass_look_alpha(size) for size in range(plan.min_blocks, largest + 1))
+    sizes = range(plan.min_blocks, largest + 1)
+    spent = sum(plan.pass_look_alpha(size) + plan.odd_alpha for size in sizes)
     assert spent == pytest.approx(plan.pass_alpha)
-    assert plan.screen_look_alpha * plan.max_blocks == pytest.approx(plan.screen_alpha)
+    screening = (plan.screen_look_alpha + plan.odd_alpha) * plan.max_blocks
+    assert screening == pytest.approx(plan.screen_alpha)
     assert plan.false_regression_bound == pytest.approx(0.001)
     evidence = decide([0.0], []).verdict.evidence
     assert evidence["false_regression_bound"] == plan.false_regression_bound
@@ -304,6 +308,58 @@ def test_evidence_tells_the_whole_story() -> None:
     expected = (-math.log(0.65) - MARGIN) / 0.025
     assert first["statistic"] == pytest.approx(expected)
     assert first["df"] == 4
+
+
+def test_an_odd_start_is_set_aside() -> None:
+    """One block far off does not keep equal builds from passing, and the reason tells of it."""
+    for odd in (-0.6, 1.5):
+        verdict = decide([0.0, odd, 0.0, 0.0], []).verdict
+        assert verdict.outcome is Outcome.PASS
+        assert "without 1 block of " in verdict.reason
+        looks = json.loads(json.dumps(verdict.evidence["looks"]))
+        assert looks[-1]["set_aside"] == [1]
+
+
+def test_an_odd_start_does_not_hide_a_slowdown() -> None:
+    """A base start that was slow as well refutes nothing: it is set aside at the next look."""
+    assert decide([-0.35], [-0.35, 1.0]).wants == "screen"
+    decision = decide([-0.35, -0.35], [-0.35, 1.0, -0.35, -0.35])
+    assert decision.verdict.outcome is Outcome.REGRESSION
+
+
+def test_odd_starts_do_not_outvote_the_others() -> None:
+    """Two odd base starts of three do not turn a slowdown into an improvement."""
+    decision = decide([-0.02, 1.0, 1.0], [])
+    assert decision.wants == "screen"
+    assert decision.verdict.outcome is not Outcome.IMPROVED
+
+
+def test_what_is_odd_twice_is_not_set_aside() -> None:
+    """A build that starts slowly every now and then does not pass for its good starts."""
+    verdict = decide([0.0, -0.6, 0.0, -0.6, 0.0, 0.0], [0.0] * 4, last=True).verdict
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+
+
+def test_two_blocks_set_nothing_aside() -> None:
+    """Of two blocks nobody can tell which one is odd, so a confirmation of two uses both."""
+    assert decide([-0.35], [-0.35, 0.5]).verdict.outcome is not Outcome.REGRESSION
+
+
+def test_improved_wins_over_pass() -> None:
+    """A speed-up beyond the tolerance is measured on until it is shown, not passed at once."""
+    two = decide([0.1, 0.1], [])
+    assert (two.verdict.outcome, two.wants) == (Outcome.PASS, "screen")
+    assert finish(two).verdict.outcome is Outcome.PASS
+    assert decide([0.1] * 6, []).verdict.outcome is Outcome.IMPROVED
+
+
+def test_a_speed_up_that_is_not_shown_passes() -> None:
+    """Without a proof of IMPROVED the verdict is the PASS that was shown."""
+    decision = decide([0.06, 0.06, 0.06, 0.05, 0.06, 0.07], [])
+    assert (decision.verdict.outcome, decision.wants) == (Outcome.PASS, None)
+    fading = decide([0.08, 0.12, -0.4, 0.9, -0.2, 0.4], [0.0] * 4)
+    assert (fading.verdict.outcome, fading.wants) == (Outcome.PASS, None)
+    assert "shown to be within" in fading.verdict.reason
 
 
 def naive_flags(rng: Rng, worsening: float, sd: float) -> bool:

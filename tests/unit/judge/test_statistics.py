@@ -20,6 +20,7 @@ from pytest_llmperf.judge.statistics import (
     log_means,
     mean_estimate,
     moderate,
+    set_aside,
     sign_flip_p,
     smallest,
     student_t_pdf,
@@ -359,3 +360,34 @@ def test_smallest_finds_the_first(start: int, threshold: int, more: int) -> None
     expected = max(start, threshold)
     found = smallest(lambda n: n >= threshold, start, limit)
     assert found == (expected if expected <= limit else None)
+
+
+@given(st.lists(st.floats(-1, 1), max_size=10), st.floats(-3, 3))
+def test_set_aside_is_a_minority(values: list[float], shift: float) -> None:
+    """Fewer than a third, mirrored values alike, and a common shift changes nothing that counts."""
+    odd = set_aside(values, Prior(0.025, 4), 2e-4)
+    assert 3 * len(odd) < max(len(values), 1)
+    assert set_aside([-v for v in values], Prior(0.025, 4), 2e-4) == odd
+    assert len(set_aside([v + shift for v in values], Prior(1e9, 4), 2e-4)) == 0
+
+
+def test_set_aside_finds_odd_ones() -> None:
+    """One or two far ones are found, which do not hide each other; ordinary spread stays."""
+    prior = Prior(0.025, 4)
+    assert set_aside([0.0, 0.9], prior, 2e-4) == ()
+    assert set_aside([0.0, 0.9, 0.9], prior, 2e-4) == ()
+    assert set_aside([0.0, 0.9, 0.02, 0.0], prior, 2e-4) == (1,)
+    assert set_aside([0.9, 0.01, 0.0, 0.92, -0.02, 0.0, 0.01], prior, 2e-4) == (0, 3)
+    assert set_aside([0.06, 0.01, 0.0, -0.05, -0.02], prior, 2e-4) == ()
+    assert set_aside([0.0, 0.9, 0.02, 0.0], None, 2e-4) == ()
+
+
+def test_set_aside_is_rarely_wrong() -> None:
+    """Of values whose spread the prior describes hardly any are set aside."""
+    rng = np.random.default_rng(4)
+    runs, alpha, d0 = 2000, 0.02, 4.0
+    sds = 0.025 * np.sqrt(d0 / rng.chisquare(d0, runs))
+    wrong = sum(
+        bool(set_aside(rng.normal(0, sd, 6).tolist(), Prior(0.025, d0), alpha)) for sd in sds
+    )
+    assert wrong <= alpha * runs

@@ -34,6 +34,7 @@ def verdict() -> Verdict:
 def result(verdict: Verdict) -> Result:
     """One case of two builds with that verdict."""
     return Result(
+        options="--baseline=b8149",
         nodeid="suites/test_speed.py::test_decode[c7-short]",
         case="c7/short",
         new=Side(

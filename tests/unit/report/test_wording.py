@@ -142,9 +142,9 @@ c7/short: decode_tps REGRESSION
   machine           rtx-5080-16gb
 
   Next: repeat it alone with
-    pytest suites/test_speed.py::test_decode -k 'c7' with the same --baseline and --llmperf-build;
-  if the change is known and accepted, raise the tolerance in the suite file or record this build \
-with
+    pytest 'suites/test_speed.py::test_decode[c7-short]' --baseline=b8149
+  if the change is known and accepted, raise the tolerance in the suite file, or record this \
+build with
     pytest --update-baselines."""
     )
 

@@ -17,7 +17,7 @@ from pytest_llmperf.serve.launch import (
     ServePlan,
     Server,
     compose,
-    scrubbed_environment,
+    server_environment,
     server_options,
     start,
     tail,
@@ -114,13 +114,13 @@ def test_the_environment_is_scrubbed(
     monkeypatch.setenv("XDG_CONFIG_HOME", "somewhere")
     monkeypatch.setenv("KEPT", "1")
     build = fake_build(journal, env={"GGML_CUDA_NO_PINNED": "1"})
-    found = scrubbed_environment(build, tmp_path)
+    found = server_environment(build, tmp_path)
     kept = {"KEPT": "1", "GGML_CUDA_NO_PINNED": "1", "XDG_CONFIG_HOME": str(tmp_path)}
     assert {k: v for k, v in found.items() if os.environ.get(k) != v or k == "KEPT"} == kept
     assert not {k for k in found if k.startswith(("LLAMA_", "AIP_", "HF_TOKEN"))}
 
 
-def test_a_server_gets_the_scrubbed_environment(
+def test_a_server_gets_the_server_environment(
     tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the server itself sees; its configuration folder is an empty one of the run."""

@@ -1,0 +1,1 @@
+"""The `llmperf` command: what can be asked outside of a test run."""

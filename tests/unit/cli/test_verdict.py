@@ -1,0 +1,200 @@
+"""Every kind of verdict is recomputed from what results.json keeps of it."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.cli.verdict import recompute
+from pytest_llmperf.errors import UserError
+from pytest_llmperf.judge.decide import (
+    compare_exact,
+    compare_published,
+    compare_stored,
+    failed,
+    incomparable,
+    missing,
+    recorded,
+)
+from pytest_llmperf.judge.sequential import Block, decide_side_by_side
+from pytest_llmperf.judge.statistics import Prior
+from pytest_llmperf.judge.stored import decide_stored
+from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.files import write_report
+from pytest_llmperf.report.result import Result, Side
+
+DECODE = METRICS["decode_tps"]
+VRAM = METRICS["vram_mib"]
+CTX = METRICS["n_ctx"]
+PRIOR = Prior(0.02, math.inf)
+BASE = [[100.0, 101.0, 99.0], [102.0], [99.5, 98.0]]
+
+CHANGES = st.lists(st.floats(-0.5, 0.5), min_size=1, max_size=8)
+
+
+def launches(changes: Sequence[float]) -> list[list[float]]:
+    """Launches whose samples lie this much above 100."""
+    return [[100 * (1 + c), 101 * (1 + c), 98 * (1 + c)] for c in changes]
+
+
+def block(change: float) -> Block:
+    """A paired block with this change."""
+    base, new = launches([0.0])[0], launches([change])[0]
+    return Block(tuple(base), tuple(new), paired=True, order="bn")
+
+
+def again(*verdicts: Verdict) -> list[tuple[str, str]]:
+    """The recorded and recomputed outcomes after a trip through JSON."""
+    results = {
+        "schema": 1,
+        "results": [{"nodeid": "test_a", "verdicts": [one.to_json() for one in verdicts]}],
+    }
+    lines = recompute(json.loads(json.dumps(results)))
+    assert [line[:2] for line in lines] == [("test_a", one.metric) for one in verdicts]
+    return [line[2:] for line in lines]
+
+
+def agrees(verdict: Verdict) -> None:
+    """The recomputed outcome is the recorded one."""
+    assert again(verdict) == [(verdict.outcome.value, verdict.outcome.value)]
+
+
+@given(CHANGES, CHANGES, st.booleans())
+def test_side_by_side(
+    screen: list[float],
+    confirm: list[float],
+    last: bool,  # noqa: FBT001 - drawn by Hypothesis
+) -> None:
+    """Whatever the blocks, whether or not the budget ended it."""
+    screening, confirming = [block(c) for c in screen], [block(c) for c in confirm]
+    decision = decide_side_by_side(DECODE, screening, confirming, tolerance=0.05, last=last)
+    agrees(decision.verdict)
+
+
+@given(CHANGES, CHANGES, st.booleans(), st.booleans())
+def test_stored_with_a_plan(
+    screen: list[float],
+    confirm: list[float],
+    last: bool,  # noqa: FBT001 - drawn by Hypothesis
+    known: bool,  # noqa: FBT001 - drawn by Hypothesis
+) -> None:
+    """Whatever the launches, with and without a prior."""
+    decision = decide_stored(
+        DECODE,
+        BASE,
+        launches(screen),
+        launches(confirm),
+        tolerance=0.05,
+        prior=PRIOR if known else None,
+        last=last,
+    )
+    agrees(decision.verdict)
+
+
+@pytest.mark.parametrize("change", [-0.35, -0.045, 0.0, 0.4])
+def test_stored(change: float) -> None:
+    """Every outcome of a single look, and of too few recorded launches."""
+    for prior in (None, PRIOR):
+        new = launches([change] * 3)
+        agrees(compare_stored(DECODE, BASE, new, tolerance=0.05, prior=prior))
+        agrees(compare_stored(DECODE, BASE[:2], new, tolerance=0.05, prior=prior))
+
+
+@pytest.mark.parametrize("new", [4096.0, 4095.0, 8192.0, math.nan])
+def test_exact(new: float) -> None:
+    """Exact values, one that is no number included."""
+    agrees(compare_exact(CTX, 4096.0, new, tolerance=0.0, slack=0.0))
+
+
+@pytest.mark.parametrize("change", [-0.35, 0.0, 0.4])
+def test_published(change: float) -> None:
+    """A published figure by tolerance alone."""
+    agrees(compare_published(DECODE, 100.0, launches([change]), tolerance=0.05))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
+def test_unusable_samples(bad: float) -> None:
+    """Samples without a logarithm, in every mode that takes some."""
+    agrees(compare_stored(VRAM, [[0.0]], [[bad]], tolerance=0.02))
+    agrees(compare_published(VRAM, 900.0, [[bad]], tolerance=0.02))
+    one = Block((0.0,), (bad,), paired=False, order="bn")
+    agrees(decide_side_by_side(VRAM, [one], [], tolerance=0.02).verdict)
+    agrees(decide_stored(VRAM, [[0.0]], [[bad]], [], tolerance=0.02).verdict)
+
+
+def test_slack() -> None:
+    """A PASS by slack, stored and side by side."""
+    one = Block((1000.0,), (1050.0,), paired=False, order="bn")
+    agrees(decide_side_by_side(VRAM, [one, one], [], tolerance=0.02).verdict)
+    agrees(compare_stored(VRAM, [[1000.0]] * 3, [[1050.0]] * 3, tolerance=0.02, prior=PRIOR))
+
+
+def test_nothing_compared() -> None:
+    """What has nothing to compute is taken as it is."""
+    verdicts = [
+        incomparable(DECODE, ["driver: 1 -> 2"]),
+        missing(DECODE, "record it"),
+        failed(DECODE, "the server died"),
+        recorded(DECODE, BASE),
+    ]
+    assert again(*verdicts) == [(one.outcome.value, one.outcome.value) for one in verdicts]
+
+
+def test_one_start_of_a_running_server() -> None:
+    """Evidence that says it comes from one start leads to INCONCLUSIVE, whatever it shows."""
+    shown = compare_stored(DECODE, BASE, launches([0.0] * 3), tolerance=0.05, prior=PRIOR)
+    data = shown.to_json()
+    data |= {"outcome": "INCONCLUSIVE", "evidence": {**shown.evidence, "one_start": True}}
+    agrees(Verdict.from_json(data))
+
+
+def test_a_suspicion_that_was_not_confirmed() -> None:
+    """An unclear second look after a suspicion is INCONCLUSIVE."""
+    unclear = compare_stored(DECODE, BASE, launches([-0.045] * 3), tolerance=0.05, prior=PRIOR)
+    first = compare_stored(DECODE, BASE, launches([-0.35] * 3), tolerance=0.05, prior=PRIOR)
+    data = unclear.to_json()
+    data["evidence"] = {**unclear.evidence, "suspicion": first.to_json()}
+    agrees(Verdict.from_json(data))
+
+
+def test_a_changed_word_is_found() -> None:
+    """A verdict whose word does not follow from its evidence is told by the other one."""
+    slow = decide_side_by_side(DECODE, [block(-0.4)], [block(-0.4)] * 2, tolerance=0.05)
+    data = slow.verdict.to_json() | {"outcome": "PASS"}
+    assert again(Verdict.from_json(data)) == [("PASS", "REGRESSION")]
+
+
+def test_what_a_run_writes_can_be_read(tmp_path: Path) -> None:
+    """The file that ``--llmperf-report`` writes is the one that is read."""
+    verdict = compare_stored(DECODE, BASE, launches([0.0] * 3), tolerance=0.05)
+    side = Side("b1", "b1")
+    result = Result("test_a", "cpu/short", side, side, "box", (verdict,))
+    write_report(tmp_path, [result])
+    data = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert recompute(data) == [("test_a", "decode_tps", verdict.outcome, verdict.outcome)]
+
+
+@pytest.mark.parametrize("key", ["blocks", "prior", "plan"])
+def test_evidence_that_lacks_something(key: str) -> None:
+    """The error names the place and what is missing."""
+    verdict = decide_side_by_side(DECODE, [block(0.0)] * 4, [], tolerance=0.05).verdict
+    data = verdict.to_json()
+    data["evidence"] = {name: v for name, v in verdict.evidence.items() if name != key}
+    results = {"schema": 1, "results": [{"nodeid": "a", "verdicts": [data]}]}
+    with pytest.raises(UserError, match=rf"results\[0\].verdicts\[0\]: lacks '{key}'"):
+        recompute(results)
+
+
+def test_other_files_are_refused() -> None:
+    """Another schema or no results.json at all is an error in one line."""
+    with pytest.raises(UserError, match="schema 2 is not known"):
+        recompute({"schema": 2})
+    with pytest.raises(UserError, match="expected a list under 'results'"):
+        recompute({"schema": 1, "results": 3})
+    with pytest.raises(UserError, match="verdict: missing"):
+        recompute({"schema": 1, "results": [{"nodeid": "a", "verdicts": [{}]}]})
