@@ -1,0 +1,76 @@
+"""Replaying real blocks as comparisons."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_llmperf.judge.calibration import noise, replay, smallest_detectable
+from pytest_llmperf.judge.sequential import Block
+from pytest_llmperf.judge.verdict import Outcome
+from pytest_llmperf.metrics import METRICS
+
+SPEED = METRICS["decode_tps"]
+
+
+def blocks(ratio: float, count: int, sd: float = 0.005, seed: int = 1) -> list[Block]:
+    """Return blocks whose new side runs at ``ratio`` of the base."""
+    rng = np.random.default_rng(seed)
+    return [
+        Block(
+            (100.0,) * 4,
+            tuple(100.0 * ratio * math.exp(x) for x in [rng.normal(0, sd)] * 4),
+            True,
+            "bnbn",
+        )
+        for _ in range(count)
+    ]
+
+
+def test_noise_needs_two_blocks() -> None:
+    """One block has no spread."""
+    with pytest.raises(ValueError, match="two blocks"):
+        noise(blocks(1.0, 1))
+
+
+def test_noise_tells_the_effect_and_its_scatter() -> None:
+    """The median is the slowdown; the robust sd is not moved by one wild block."""
+    usual = blocks(0.9, 40, sd=0.01)
+    found = noise([*usual, *blocks(0.4, 1)])
+    assert found.effect == pytest.approx(math.log(0.9), abs=0.01)
+    assert found.robust_sd < 0.02 < found.sd
+    assert found.blocks == 41
+
+
+def test_equal_builds_pass_and_slow_ones_are_flagged() -> None:
+    """Each comparison uses blocks of its own, and no more than there are."""
+    equal = replay(SPEED, blocks(1.0, 40), tolerance=0.05)
+    slow = replay(SPEED, blocks(0.65, 40), tolerance=0.05)
+    assert equal.rate(Outcome.REGRESSION) == 0
+    assert slow.rate(Outcome.REGRESSION) == 1
+    assert equal.blocks <= 40
+    assert slow.comparisons == 40 // 3, "one look and its confirmation"
+
+
+def test_what_does_not_suffice_is_not_counted() -> None:
+    """A comparison that runs out of blocks has no outcome."""
+    found = replay(SPEED, blocks(1.0, 1), tolerance=0.05)
+    assert (found.comparisons, found.blocks_each, found.rate(Outcome.PASS)) == (0, 0.0, 0.0)
+
+
+def test_smallest_detectable_holds_for_all_larger_ones() -> None:
+    """A lucky small slowdown does not count while a larger one is missed."""
+    assert smallest_detectable([(0.05, 0.95), (0.1, 0.5), (0.2, 1.0)], 0.9) == 0.2
+    assert smallest_detectable([(0.05, 0.1)], 0.9) is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=8))
+def test_smallest_detectable_is_one_that_was_measured(power: list[tuple[float, float]]) -> None:
+    """It never invents a slowdown."""
+    found = smallest_detectable(power, 0.9)
+    assert found is None or (found, 1) <= (1, 1)
+    assert found is None or found in [slowdown for slowdown, share in power if share >= 0.9]
