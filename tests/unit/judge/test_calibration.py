@@ -22,10 +22,10 @@ def blocks(ratio: float, count: int, sd: float = 0.005, seed: int = 1) -> list[B
     rng = np.random.default_rng(seed)
     return [
         Block(
-            (100.0,) * 4,
-            tuple(100.0 * ratio * math.exp(x) for x in [rng.normal(0, sd)] * 4),
-            True,
-            "bnbn",
+            base=(100.0,) * 4,
+            new=(100.0 * ratio * math.exp(rng.normal(0, sd)),) * 4,
+            paired=True,
+            order="bnbn",
         )
         for _ in range(count)
     ]
