@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from pytest_llmperf.errors import UserError
+from pytest_llmperf.judge.store import write_atomic
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import HEADER, row
 
@@ -33,11 +32,10 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
         UserError: If the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         data = {"schema": SCHEMA, "results": [json.loads(result.dumps()) for result in results]}
-        _write(folder / "results.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
+        write_atomic(folder / "results.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
         page = folder / "index.html"
-        _write(page, _render(results))
+        write_atomic(page, _render(results))
     except OSError as error:
         raise UserError(f"--llmperf-report={folder}: cannot write: {error.strerror}") from error
     return page
@@ -71,15 +69,3 @@ def _render(results: Sequence[Result]) -> str:
         baselines=list(dict.fromkeys(r.base.about for r in results if r.base is not None)),
         machines=list(dict.fromkeys(result.machine for result in results)),
     )
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
