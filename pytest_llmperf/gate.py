@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from pytest_llmperf.campaign import Campaign, PairedLaunches
 from pytest_llmperf.errors import LlmperfError, UnmeasuredError
+from pytest_llmperf.judge._common import finding
 from pytest_llmperf.judge.decide import (
     compare_exact,
     compare_published,
-    compare_stored,
     failed,
     incomparable,
     missing,
     recorded,
 )
-from pytest_llmperf.judge.sequential import Block, decide_side_by_side
-from pytest_llmperf.judge.statistics import Prior, fit_prior, log_means
+from pytest_llmperf.judge.priors import Priors, pooled_prior
+from pytest_llmperf.judge.sequential import Decision, Plan
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
 from pytest_llmperf.judge.store import Baseline
+from pytest_llmperf.judge.stored import decide_stored, stored_plan
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import Metric
 from pytest_llmperf.plan.config import LAUNCH, Case
 
 Fingerprint = Mapping[str, str | int | float | bool]
+
+U = TypeVar("U")
+
+
+class Decide(Protocol[U]):
+    """A rule that says from the units so far what is wanted next."""
+
+    def __call__(self, screen: list[U], confirm: list[U], *, last: bool) -> Decision:
+        """Judge; with ``last`` the decision is final."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,9 @@ class Question:
         deadline: ``time.monotonic()`` after which nothing is measured again.
         launches: Fresh starts measured for and against a recorded baseline.
         fingerprint: Gives the fingerprint of a launch under this case.
+        priors: What calibration found of this machine's noise.
+        rematch: Gives a campaign of the build under test against the recorded baseline's build,
+            to confirm a stored REGRESSION; raises LlmperfError where that build cannot be had.
     """
 
     campaign: Campaign
@@ -103,6 +118,8 @@ class Question:
     deadline: float
     launches: int
     fingerprint: Callable[[Launch], Fingerprint]
+    priors: Priors
+    rematch: Callable[[], Campaign]
 
     def answer(self, comparison: Comparison) -> Verdict:
         """Measure until the verdict is clear or the budget is spent."""
@@ -127,38 +144,28 @@ class Question:
 
     def _measured(self, comparison: Record | Stored | SideBySide) -> Verdict:
         if isinstance(comparison, SideBySide):
-            return self._side_by_side()
+            return self._side_by_side(self.campaign)
         if isinstance(comparison, Stored):
             return self._stored(comparison)
         return recorded(self.metric, self._launches(0, self.launches))
 
-    def _after(self, must: Callable[[], object]) -> float:
-        """Do what every verdict needs and return the deadline put off by what it took.
-
-        The budget is for measuring again; the first measuring, and waiting for another run to
-        finish its own, do not spend it.
-        """
-        began = time.monotonic()
-        must()
-        return self.deadline + time.monotonic() - began
-
-    def _check_workload(self) -> None:
+    def _check_workload(self, campaign: Campaign) -> None:
         workload = self.case.workload
-        if workload is not None and (error := self.campaign.failures.get(workload.name)):
+        if workload is not None and (error := campaign.failures.get(workload.name)):
             raise error
 
-    def _launches(self, begin: int, end: int) -> list[list[float]]:
-        """Return the samples of launches ``begin`` to ``end`` of the build under test."""
-        taken = []
-        for index in range(begin, end):
-            launch = self.campaign.launch(index)
-            self._check_workload()
-            taken.append(samples_of(launch, self.case, self.metric))
-        return taken
+    def _launch(self, index: int) -> list[float]:
+        """Return the samples of a launch of the build under test."""
+        launch = self.campaign.launch(index)
+        self._check_workload(self.campaign)
+        return samples_of(launch, self.case, self.metric)
 
-    def _block(self, index: int) -> Block:
-        pair = self.campaign.block(index)
-        self._check_workload()
+    def _launches(self, begin: int, end: int) -> list[list[float]]:
+        return [self._launch(index) for index in range(begin, end)]
+
+    def _block(self, campaign: Campaign, index: int) -> Block:
+        pair = campaign.block(index)
+        self._check_workload(campaign)
         return to_block(pair, self.case, self.metric)
 
     def _exact(self, base: float, new: float) -> Verdict:
@@ -166,30 +173,67 @@ class Question:
             self.metric, base, new, tolerance=self.tolerance, slack=self.metric.slack
         )
 
-    def _side_by_side(self) -> Verdict:
+    def _side_by_side(self, campaign: Campaign) -> Verdict:
         if self.metric.kind == "exact":
-            first = self._block(0)
+            first = self._block(campaign, 0)
             return self._exact(first.base[0], first.new[0])
-        screen: list[Block] = []
-        confirm: list[Block] = []
-        last = False
-        deadline = self._after(lambda: self._block(0))
-        while True:
-            decision = decide_side_by_side(
-                self.metric, screen, confirm, tolerance=self.tolerance, last=last
+
+        def decide(screen: list[Block], confirm: list[Block], *, last: bool) -> Decision:
+            return decide_side_by_side(
+                self.metric,
+                screen,
+                confirm,
+                tolerance=self.tolerance,
+                prior=self.priors.block(self.metric.name),
+                last=last,
             )
+
+        return self._until_clear(
+            decide,
+            lambda index: self._block(campaign, index),
+            lambda: campaign.measured[0],
+            DEFAULT_PLAN,
+        )
+
+    def _until_clear(
+        self,
+        decide: Decide[U],
+        unit: Callable[[int], U],
+        measured: Callable[[], int],
+        plan: Plan,
+    ) -> Verdict:
+        """Measure the units that the rule wants until it ends or the budget is spent.
+
+        The budget is for measuring again. The first look and the fewest units of a confirmation
+        come whatever it is: a gross slowdown must not pass because time was short.
+
+        Args:
+            decide: The rule.
+            unit: Measures the unit of this number, or returns it where it was measured before.
+            measured: How many units there are that cost nothing any more.
+            plan: The rule's plan.
+        """
+        screen: list[U] = []
+        confirm: list[U] = []
+        deadline = self.deadline
+        last = False
+        while True:
+            decision = decide(screen, confirm, last=last)
             if decision.wants is None:
                 return decision.verdict
-            index = len(screen) + len(confirm)
-            # Blocks that other tests of the config had measured cost nothing.
-            to_measure = index >= self.campaign.measured[0]
-            # A suspicion gets its confirmation whatever the budget: a gross slowdown must not
-            # pass because time was short.
-            screening = decision.wants == "screen"
-            if screening and to_measure and index > 0 and time.monotonic() > deadline:
+            taken = len(screen) + len(confirm)
+            must = (
+                taken < plan.first_screen
+                if decision.wants == "screen"
+                else len(confirm) < plan.first_confirm
+            )
+            if not must and taken >= measured() and time.monotonic() > deadline:
                 last = True
-            else:
-                (screen if screening else confirm).append(self._block(index))
+                continue
+            began = time.monotonic()
+            (screen if decision.wants == "screen" else confirm).append(unit(taken))
+            # Neither the first measuring nor waiting for another run to end spends the budget.
+            deadline += time.monotonic() - began if must else 0.0
 
     def _stored(self, stored: Stored) -> Verdict:
         case, metric = self.case, self.metric
@@ -209,8 +253,40 @@ class Question:
             return incomparable(metric, differing)
         if metric.kind == "exact":
             return self._exact(known.value, first[0][0])
+        base = known.launches
+        plan = stored_plan(self.launches)
         prior = pooled_prior(stored.baseline, case.key, metric.name)
-        return self._repeatedly(known.launches, prior)
+        prior = self.priors.launch(metric.name) if prior is None else prior
+
+        def decide(
+            screen: list[list[float]], confirm: list[list[float]], *, last: bool
+        ) -> Decision:
+            return decide_stored(
+                metric,
+                base,
+                screen,
+                confirm,
+                tolerance=self.tolerance,
+                prior=prior,
+                plan=plan,
+                last=last,
+            )
+
+        verdict = self._until_clear(decide, self._launch, lambda: self.campaign.measured[1], plan)
+        return self._again(verdict) if verdict.outcome is Outcome.REGRESSION else verdict
+
+    def _again(self, verdict: Verdict) -> Verdict:
+        """Let a REGRESSION against recorded launches prove itself side by side, if it can.
+
+        The machine may have been faster on the day of the record; today's blocks cannot.
+        """
+        if self.campaign.endpoint:
+            return verdict
+        try:
+            campaign = self.rematch()
+        except LlmperfError as error:
+            return unconfirmed(verdict, str(error))
+        return confirmed(verdict, self._side_by_side(campaign))
 
     def _unknown(self, stored: Stored, *, published: bool) -> Verdict:
         by_report = stored.baseline.recorded.get("by") == "published"
@@ -223,31 +299,6 @@ class Question:
             f"{stored.path} has no {self.metric.name} for {self.case.key}: record it with "
             f"`pytest -k {self.case.config.name} {stored.build_option} --update-baselines`",
         )
-
-    def _repeatedly(self, base: Sequence[Sequence[float]], prior: Prior | None) -> Verdict:
-        """Compare with recorded launches, measuring more while it is not clear."""
-
-        def judge(begin: int, end: int) -> Verdict:
-            taken = self._launches(begin, end)
-            return compare_stored(self.metric, base, taken, tolerance=self.tolerance, prior=prior)
-
-        end = self.launches
-        deadline = self._after(lambda: self._launches(0, end))
-        verdict = judge(0, end)
-        while (
-            verdict.outcome is Outcome.INCONCLUSIVE
-            and end < 2 * self.launches
-            and time.monotonic() < deadline
-        ):
-            end += 1
-            verdict = judge(0, end)
-        if verdict.outcome is not Outcome.REGRESSION:
-            return verdict
-        # A REGRESSION needs confirmation on launches that had no part in raising the suspicion.
-        confirmed = judge(end, end + self.launches)
-        if confirmed.outcome is Outcome.REGRESSION:
-            return confirmed
-        return unconfirmed(verdict, confirmed)
 
 
 def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:
@@ -288,35 +339,37 @@ def unpublished(metric: Metric, stored: Stored, case: Case) -> Verdict:
     )
 
 
-def unconfirmed(suspicion: Verdict, second: Verdict) -> Verdict:
-    """Return the verdict of a suspicion that fresh launches did not confirm."""
-    if second.outcome in {Outcome.PASS, Outcome.IMPROVED}:
-        return second
+def unconfirmed(verdict: Verdict, why: str) -> Verdict:
+    """Return a stored REGRESSION that could not be tried side by side, saying why."""
     return replace(
-        second,
-        outcome=Outcome.INCONCLUSIVE,
-        reason="a first look showed a regression, fresh launches did not confirm it: "
-        "record more launches with --update-baselines, or compare side by side",
-        evidence={**second.evidence, "suspicion": suspicion.to_json()},
+        verdict,
+        reason=f"{verdict.reason}. Not confirmed side by side, so the machine itself may be slower "
+        f"than on the day of the record: {why}",
     )
 
 
-def pooled_prior(baseline: Baseline, key: str, metric: str) -> Prior | None:
-    """Return the variance prior that the other cases of a metric on this machine give.
+def confirmed(verdict: Verdict, rematch: Verdict) -> Verdict:
+    """Return the verdict on a stored REGRESSION that was measured side by side as well.
 
-    None if fewer than two others have enough launches to tell.
+    What counts is side by side, where the machine is the same for both builds.
+
+    Args:
+        verdict: The stored one.
+        rematch: The one side by side.
     """
-    variances, dfs = [], []
-    for case, metrics in baseline.results.items():
-        entry = metrics.get(metric)
-        if case == key or entry is None or entry.launches is None or len(entry.launches) < 2:  # noqa: PLR2004 - a variance needs two
-            continue
-        means = log_means(entry.launches)
-        variances.append(float(means.var(ddof=1)))
-        dfs.append(float(len(means) - 1))
-    if len(variances) < 2 or not all(v > 0 for v in variances):  # noqa: PLR2004 - so does theirs
-        return None
-    return fit_prior(variances, dfs)
+    told = finding(verdict.metric, verdict.change, None, 0)
+    if rematch.outcome is Outcome.REGRESSION:
+        reason = f"{rematch.reason} (against the recorded launches: {told})"
+    elif rematch.outcome in {Outcome.PASS, Outcome.IMPROVED}:
+        reason = (
+            f"{rematch.reason}; against the recorded launches {told}, so the machine is not as "
+            "fast as on the day of the record: record the baseline anew"
+        )
+    else:
+        reason = f"against the recorded launches {told}, but side by side: {rematch.reason}"
+    return replace(
+        rematch, reason=reason, evidence={**rematch.evidence, "stored": verdict.to_json()}
+    )
 
 
 def differences(recorded_with: Fingerprint, measured_with: Fingerprint) -> list[str]:

@@ -35,6 +35,8 @@ from pytest_llmperf.gate import (
 )
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.decide import failed
+from pytest_llmperf.judge.priors import Priors, path_of
+from pytest_llmperf.judge.priors import load as load_priors
 from pytest_llmperf.judge.verdict import Verdict
 from pytest_llmperf.measure.gpu import gpus
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
@@ -97,6 +99,8 @@ class Run:
         folder: Run folder: logs.
         progress: Says what goes on.
         seed: Seed of the coin flips.
+        selected: Cases of the selected tests, by config.
+        priors: What calibration found of this machine's noise.
     """
 
     settings: Settings
@@ -108,7 +112,10 @@ class Run:
     progress: Progress
     seed: int
     selected: Mapping[str, Sequence[Case]]
+    priors: Priors = field(default_factory=Priors)
     _campaigns: dict[str, Campaign] = field(default_factory=dict)
+    _rematches: dict[str, Campaign] = field(default_factory=dict)
+    _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
     _server: Server | None = None
     _gpu_error: LlmperfError | None = None
@@ -166,6 +173,8 @@ class Run:
                 deadline=until,
                 launches=self.settings.launches,
                 fingerprint=lambda launch: self.fingerprint(case, launch),
+                priors=self.priors,
+                rematch=lambda: self.rematch(case.config),
             ).answer(self.comparison)
             for name, own in asked.items()
         ]
@@ -214,21 +223,55 @@ class Run:
             LlmperfError: If the config's model or a GPU it needs is not there.
         """
         if config.name not in self._campaigns:
-            self._require_gpu(needed=config.gpu)
-            wanted = {c.workload.name for c in self.selected.get(config.name, ()) if c.workload}
-            self._campaigns[config.name] = Campaign(
-                config=config,
-                workloads=[w for w in self.suite.workloads.values() if w.name in wanted],
-                new=self.new,
-                base=self.base,
-                model=self.model(config) if self._needs_model else Path(),
-                serve=self._serve_plan(),
-                pairs=self.settings.pairs,
-                lock=self.settings.cache / "locks" / "measuring.lock",
-                rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
-                before=self.close_server,
-            )
+            self._campaigns[config.name] = self._campaign(config, self.base)
         return self._campaigns[config.name]
+
+    def rematch(self, config: Config) -> Campaign:
+        """Return the campaign of the build under test against the recorded baseline's build.
+
+        Raises:
+            LlmperfError: If that build, as it was recorded, cannot be started here.
+        """
+        if config.name not in self._rematches:
+            if self._recorded is None:
+                try:
+                    self._recorded = self._recorded_build()
+                except LlmperfError as error:
+                    self._recorded = error
+            if isinstance(self._recorded, LlmperfError):
+                raise self._recorded
+            self._rematches[config.name] = self._campaign(config, self._recorded)
+        return self._rematches[config.name]
+
+    def _recorded_build(self) -> Build:
+        if not isinstance(self.comparison, Stored):
+            raise BuildError("nothing is compared with a recorded baseline")
+        known = self.comparison.baseline.build
+        label = self.comparison.label
+        named = label if label in self.suite.builds else str(known.get("source") or "")
+        if not is_spec(named, self.suite.builds, self.settings.root):
+            raise BuildError(f"the build of {label} ({named or 'source unknown'}) is not to be had")
+        spec = parse_spec(named, self.suite.builds, self.settings.root)
+        found = resolve(spec, self.settings.cache, self.progress)
+        if found.sha256 != known.get("sha256"):
+            raise BuildError(f"{named} is not the build that was recorded as {label}")
+        return found
+
+    def _campaign(self, config: Config, base: Build | None) -> Campaign:
+        self._require_gpu(needed=config.gpu)
+        wanted = {c.workload.name for c in self.selected.get(config.name, ()) if c.workload}
+        return Campaign(
+            config=config,
+            workloads=[w for w in self.suite.workloads.values() if w.name in wanted],
+            new=self.new,
+            base=base,
+            model=self.model(config) if self._needs_model else Path(),
+            serve=self._serve_plan(),
+            pairs=self.settings.pairs,
+            lock=self.settings.cache / "locks" / "measuring.lock",
+            rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
+            before=self.close_server,
+        )
 
     def model(self, config: Config) -> Path:
         """Return the model file of a config.
@@ -280,7 +323,8 @@ class Run:
         else:
             lines.append(f"recording a baseline in {self.settings.baselines}")
         lines += [build.note for build in (self.new, self.base) if build and build.note]
-        return [*lines, f"machine {self.machine_key}, logs in {self.folder}"]
+        noise = f"noise {self.priors.about}" if self.priors.about else "noise not calibrated"
+        return [*lines, f"machine {self.machine_key}, {noise}, logs in {self.folder}"]
 
     def close(self) -> None:
         """Stop what still runs."""
@@ -430,6 +474,7 @@ def begin(
         progress=progress,
         seed=time.time_ns(),
         selected=by_config,
+        priors=load_priors(path_of(settings.cache, str(machine(settings.machine)["key"]))),
     )
 
 

@@ -26,7 +26,7 @@ from pytest_llmperf.campaign import Campaign
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.gate import to_block
 from pytest_llmperf.judge.calibration import noise, replay, smallest_detectable
-from pytest_llmperf.judge.sequential import Block
+from pytest_llmperf.judge.side_by_side import Block
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure.machine import machine
 from pytest_llmperf.metrics import METRICS

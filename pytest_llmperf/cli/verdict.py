@@ -15,12 +15,12 @@ from pytest_llmperf.judge._common import Draft, without_logs
 from pytest_llmperf.judge.decide import (
     compare_exact,
     compare_published,
-    compare_stored,
     incomparable,
 )
-from pytest_llmperf.judge.sequential import Block, SequentialPlan, decide_side_by_side
+from pytest_llmperf.judge.sequential import Plan
+from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
-from pytest_llmperf.judge.stored import StoredPlan, decide_stored
+from pytest_llmperf.judge.stored import decide_stored
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS, Metric
 
@@ -122,9 +122,6 @@ def again(verdict: Verdict) -> Outcome:
     # The requests of one start of a running server prove nothing, whatever they say.
     if evidence.get("one_start") and outcome in _DECIDED:
         return Outcome.INCONCLUSIVE
-    # A first look showed a regression, and the second, which is this one, did not.
-    if "suspicion" in evidence and outcome not in (Outcome.PASS, Outcome.IMPROVED):
-        return Outcome.INCONCLUSIVE
     return outcome
 
 
@@ -169,31 +166,22 @@ def _side_by_side(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdi
         taken["confirm"],
         tolerance=verdict.tolerance,
         prior=_prior(evidence["prior"]),
-        plan=SequentialPlan(**evidence["plan"]),
+        plan=Plan(**evidence["plan"]),
         last=True,
     ).verdict
 
 
 def _stored(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
-    if "plan" in evidence:
-        return decide_stored(
-            metric,
-            _launches(evidence["base_samples"]),
-            _launches(evidence["screen_samples"]),
-            _launches(evidence["confirm_samples"]),
-            tolerance=verdict.tolerance,
-            prior=_prior(evidence["prior"]),
-            plan=StoredPlan(**evidence["plan"]),
-            last=True,
-        ).verdict
-    return compare_stored(
+    return decide_stored(
         metric,
-        [[value] for value in evidence["base_launches"]],
-        [[value] for value in evidence["new_launches"]],
+        _launches(evidence["base_samples"]),
+        _launches(evidence["screen_samples"]),
+        _launches(evidence["confirm_samples"]),
         tolerance=verdict.tolerance,
         prior=_prior(evidence["prior"]),
-        alpha=evidence["alpha"],
-    )
+        plan=Plan(**evidence["plan"]),
+        last=True,
+    ).verdict
 
 
 def _exact(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:

@@ -12,12 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_llmperf.judge.sequential import (
-    DEFAULT_PLAN,
-    Block,
-    SequentialPlan,
-    decide_side_by_side,
-)
+from pytest_llmperf.judge.sequential import Plan
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior, block_effect
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import Metric
@@ -92,7 +88,7 @@ def replay(
     *,
     tolerance: float,
     prior: Prior | None = None,
-    plan: SequentialPlan = DEFAULT_PLAN,
+    plan: Plan = DEFAULT_PLAN,
 ) -> Replay:
     """Run one comparison after another on blocks in the order in which they were measured.
 
@@ -103,7 +99,7 @@ def replay(
         metric: What was measured.
         blocks: Real ones, all of the same true effect.
         tolerance: Relative change for the worse that is allowed.
-        prior: As for :func:`~pytest_llmperf.judge.sequential.decide_side_by_side`.
+        prior: As for :func:`~pytest_llmperf.judge.side_by_side.decide_side_by_side`.
         plan: Likewise.
     """
     outcomes: Counter[Outcome] = Counter()

@@ -1,207 +1,157 @@
-"""Side by side: screen block by block, confirm a suspicion on fresh blocks.
+"""The rule that side by side and stored comparisons share: screen, then confirm on fresh units.
 
-In a block both builds are started afresh and asked the same prompts in coin-flipped order, so
-a block gives one log effect in which the drift of the host cancels. The caller measures the
-block that ``decide_side_by_side`` wants and asks again::
+A unit is what was started afresh: a block of both builds, or a launch of the build under test.
+The rule looks at the units after each one that comes. It is a pure function of them: it is walked
+through from the first unit, so the same units always lead to the same end.
 
-    decision = decide_side_by_side(metric, screen, confirm, tolerance=0.05)
-    while decision.wants is not None:
-        block = ...  # both builds, started afresh
-        (screen if decision.wants == "screen" else confirm).append(block)
-        decision = decide_side_by_side(metric, screen, confirm, tolerance=0.05)
+1. **Screen.** Every look asks: is the slowdown beyond the tolerance, within it, or is the build
+   better by more than it? After ``max_screen`` units without an answer it ends open.
+2. **Confirm.** A suspicion is looked at again on units that had no part in raising it, from
+   ``first_confirm`` of them on, up to ``max_confirm``. They alone can make it a REGRESSION. The
+   pool of all units can make it a PASS. There is one confirmation in a verdict.
 
-Several metrics may share blocks: each keeps its own two lists, and a block that one metric
-screens may confirm for another.
+**What a look may spend.** Each kind of claim has a probability of error for the whole walk, and
+each look at which it can be made gets a part of it, so that the parts add up to it (Bonferroni:
+valid however the looks depend on each other). The parts follow a power of the number of the look:
 
-**Odd starts.** About one start in forty runs at 40 % of its speed. Where a block is so far from
-the others of a look that equal blocks would hardly ever be (``statistics.set_aside``), the look
-does without it and says so. Fewer than a third of the blocks can be set aside, none of a
-confirmation of two, and never two that are odd for the worse: what comes twice may be the build.
+- screening rises (``LATER``): the first looks need little to see a gross slowdown, and a small one
+  takes many units to see at all;
+- confirmation is equal at all looks;
+- PASS falls (``EARLIER``): equal builds, which most are, should end after two or three units.
 
-Simulated with one odd start in forty, 1,000 runs a row, tolerance 5 %, without and with it
-(all of the table: ``docs/measurements.md``)::
-
-    slowdown   REGRESSION      PASS            INCONCLUSIVE
-    0 %         0.0 ->  0.0 %  81.4 -> 90.8 %  18.5 ->  9.1 %
-    10 %       43.2 -> 55.2 %   0.1 ->  0.0 %  56.7 -> 44.7 %
-    35 %       92.2 -> 99.2 %   0.0 ->  0.0 %   7.8 ->  0.7 %
-
-**IMPROVED** says more than PASS. Where a look shows the build to be within tolerance while its
-mean lies beyond the tolerance for the better, screening goes on; what was shown stays shown.
-
-**Error bounds.** Let the true effect be a slowdown no larger than the tolerance, and block
-effects independent and normal, with the variance that the prior says.
-
-- *Screening.* Confirmation is first asked for at one of ``max_blocks`` looks, each with
-  probability ``screen_alpha / max_blocks`` at most (Bonferroni), so with ``screen_alpha`` at
-  most in all. Each such part holds ``odd_alpha``, the probability that the look sets aside
-  what it should not, and the claim gets the rest.
-- *Confirmation* is judged on its own fresh blocks, so whatever led to it, it is wrong with
-  probability ``confirm_alpha`` at most. The second confirmation, if any, comes after the
-  first. So P(false REGRESSION) <= max_confirmations * screen_alpha * confirm_alpha, which is
-  0.001 for ``DEFAULT_PLAN``, for each metric and whatever the dependence between metrics.
-- *PASS* of a build that is slower by the tolerance or more: the pool is looked at after each
-  of its possible sizes, from ``min_blocks`` to ``max_blocks`` and all confirmation blocks, each
-  time with a part of ``pass_alpha``, so with ``pass_alpha`` at most in all.
+A share ``ODD_SHARE`` of each part pays for setting aside what is far off the others
+(``statistics.set_aside``); the claim gets the rest.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from pytest_llmperf.judge._common import (
     BEYOND,
     ROUNDING,
     STALE,
     Draft,
-    bounded_exp,
     finding,
     interval_of,
-    margin_of,
-    odd_ones,
     percent,
     plural,
     relative,
     sign,
     within_slack_text,
-    without_logs,
 )
-from pytest_llmperf.judge.statistics import (
-    MOST_FLIPPED,
-    Estimate,
-    Prior,
-    block_effect,
-    log_means,
-    mean_estimate,
-    sign_flip_p,
-    smallest,
-    student_t_ppf,
-)
+from pytest_llmperf.judge.statistics import Estimate, student_t_ppf
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 
 Phase = Literal["screen", "confirm"]
 Claim = Literal["slower", "improved", "within", "slack", "open"]
 
-DEFAULT_BLOCK_PRIOR = Prior(s0=0.025, d0=4.0)
-"""Spread of a block's log effect where none was calibrated.
+LATER = 0.5
+EARLIER = -1.5
+ODD_SHARE = 0.05
 
-Measured on a shared 2-core machine: 60 blocks, both equal builds launched afresh, four
-coin-flipped pairs each: sd 2.4 %. Four degrees of freedom let the blocks at hand overrule it.
-"""
+IMPROVED_UNTIL = 8
+"""Units up to which a build that was shown to be within the tolerance is measured on, where it looks
+better by more than that: IMPROVED says more than PASS, but is not worth the whole budget."""
 
-_MOST_BLOCKS = 64
-_POWER = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Samples of one block: one fresh start of each build.
-
-    Attributes:
-        base: Samples of the baseline build, in the metric's unit.
-        new: Samples of the build under test.
-        paired: Sample i of both answered the same prompt, one right after the other.
-        order: The order in which the builds were asked, for the record.
-
-    Raises:
-        ValueError: A side without samples, or pairs that do not match.
-    """
-
-    base: tuple[float, ...]
-    new: tuple[float, ...]
-    paired: bool
-    order: str
-
-    def __post_init__(self) -> None:
-        if not self.base or not self.new:
-            raise ValueError("a block needs samples of both builds")
-        if self.paired and len(self.base) != len(self.new):
-            raise ValueError(
-                f"a paired block needs as many samples of each build: {len(self.base)} of the "
-                f"baseline, {len(self.new)} of the build under test"
-            )
+_SHARED_ALPHA_LIMIT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class SequentialPlan:
-    """How many blocks are measured and how errors are spent; see the module's bounds.
+class Plan:
+    """How many units are measured and how errors are spent.
 
     Attributes:
-        min_blocks: Fewest blocks behind a PASS or IMPROVED. A suspicion needs only one.
-        max_blocks: Most screening blocks.
-        confirm_blocks: Fresh blocks of one confirmation.
-        max_confirmations: Most confirmations.
-        screen_alpha: Probability that a build within tolerance is ever confirmed.
-        confirm_alpha: Probability that one confirmation is wrong.
+        first_screen: Units behind the first look that may raise a suspicion.
+        first_pass: Fewest units behind a PASS or IMPROVED.
+        max_screen: Most screening units.
+        first_confirm: Fewest fresh units behind a REGRESSION.
+        max_confirm: Most confirmation units.
+        screen_alpha: Probability that a build within tolerance is ever suspected.
+        confirm_alpha: Probability that the confirmation of such a suspicion is wrong.
         pass_alpha: Probability that a build slower by the tolerance passes.
-        odd_alpha: Probability that a look sets aside blocks that are like the others. It is
-            taken off what the look may spend on its claims.
+        shared_base: Screening and confirmation are compared with the same baseline launches, so
+            that both may be wrong together.
 
     Raises:
         ValueError: A number out of range.
     """
 
-    min_blocks: int = 2
-    max_blocks: int = 6
-    confirm_blocks: int = 2
-    max_confirmations: int = 2
-    screen_alpha: float = 0.02
-    confirm_alpha: float = 0.025
-    pass_alpha: float = 0.05
-    odd_alpha: float = 2e-4
+    first_screen: int
+    first_pass: int
+    max_screen: int
+    first_confirm: int
+    max_confirm: int
+    screen_alpha: float
+    confirm_alpha: float
+    pass_alpha: float
+    shared_base: bool
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_blocks <= self.max_blocks:
-            raise ValueError("plan: min_blocks must lie between 1 and max_blocks")
-        if self.confirm_blocks < 1 or self.max_confirmations < 1:
-            raise ValueError("plan: one confirmation of one block is the least")
+        for first, most in (
+            ("first_screen", "max_screen"),
+            ("first_pass", "max_screen"),
+            ("first_confirm", "max_confirm"),
+        ):
+            if not 1 <= getattr(self, first) <= getattr(self, most):
+                raise ValueError(f"plan: {first} must lie between 1 and {most}")
         for name in ("screen_alpha", "confirm_alpha", "pass_alpha"):
-            if not 0 < getattr(self, name) < 0.5:  # noqa: PLR2004 - a bound needs less
+            if not 0 < getattr(self, name) < _SHARED_ALPHA_LIMIT:
                 raise ValueError(f"plan: {name} must lie between 0 and 0.5")
-        smallest_pass = min(self.pass_look_alpha(n) for n in (1, self.max_blocks + 1))
-        if not self.odd_alpha > 0 or min(self.screen_look_alpha, smallest_pass) <= 0:
-            raise ValueError(
-                "plan: odd_alpha must be positive, and smaller than what each look may spend"
-            )
 
     @property
-    def screen_look_alpha(self) -> float:
-        """Probability spent at one look that may ask for confirmation."""
-        return self.screen_alpha / self.max_blocks - self.odd_alpha
+    def most_units(self) -> int:
+        """Most units that a verdict can take."""
+        return self.max_screen + self.max_confirm
 
-    def pass_look_alpha(self, blocks: int) -> float:
-        """Probability spent at a look at a pool of this size that may pass.
+    def screen_part(self, units: int) -> float:
+        """Probability spent on suspicion at the look at so many screening units."""
+        looks = self.max_screen - self.first_screen + 1
+        return parts(self.screen_alpha, looks, LATER)[units - self.first_screen]
 
-        Nine tenths of ``pass_alpha`` go in equal parts to the pools that screening alone can
-        reach, one tenth to the larger ones, which only a refuted suspicion leads to.
-        """
-        if blocks <= self.max_blocks:
-            share = 0.9 / (self.max_blocks - self.min_blocks + 1)
-        else:
-            share = 0.1 / (self.max_confirmations * self.confirm_blocks)
-        return share * self.pass_alpha - self.odd_alpha
+    def confirm_part(self, units: int) -> float:
+        """Probability spent on REGRESSION at the look at so many confirmation units."""
+        looks = self.max_confirm - self.first_confirm + 1
+        return parts(self.confirm_alpha, looks, 0.0)[units - self.first_confirm]
+
+    def pass_part(self, units: int) -> float:
+        """Probability spent on PASS at the look at a pool of so many units."""
+        looks = self.most_units - self.first_pass + 1
+        return parts(self.pass_alpha, looks, EARLIER)[units - self.first_pass]
 
     @property
     def false_regression_bound(self) -> float:
-        """Upper bound of P(REGRESSION) for a build within tolerance."""
-        return self.max_confirmations * self.screen_alpha * self.confirm_alpha
+        """Upper bound of P(REGRESSION) for a build within tolerance.
+
+        Fresh units of both builds are wrong independently of what led to them, so the
+        probabilities multiply. With a shared baseline P(suspected and confirmed) is only at most
+        the smaller of the two.
+        """
+        if self.shared_base:
+            return min(self.screen_alpha, self.confirm_alpha)
+        return self.screen_alpha * self.confirm_alpha
 
 
-DEFAULT_PLAN = SequentialPlan()
+@functools.lru_cache(maxsize=128)
+def parts(alpha: float, looks: int, power: float) -> tuple[float, ...]:
+    """``alpha`` in as many parts as there are looks, proportional to a power of their number."""
+    weights = [number**power for number in range(1, looks + 1)]
+    return tuple(alpha * weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The verdict so far and the block that would make it clearer.
+    """The verdict so far and the unit that would make it clearer.
 
     Attributes:
         verdict: Final if ``wants`` is None, else what it is if no more is measured:
             INCONCLUSIVE, or PASS where only IMPROVED is still open.
-        wants: The kind of block to measure next.
+        wants: The kind of unit to measure next.
     """
 
     verdict: Verdict
@@ -209,303 +159,259 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """A block and what is judged of it.
+class Alphas:
+    """What one look may spend: None rules a claim out.
 
     Attributes:
-        block: The block.
-        effect: Its log effect, positive where the new build is worse.
-        base: Log value of its baseline launch.
+        slower: On the claim that the slowdown is beyond the tolerance.
+        within: On the claims that it is within it, or better beyond it.
+        odd: On setting aside what is far off the others.
     """
 
-    block: Block
-    effect: float
-    base: float
+    slower: float | None
+    within: float | None
+    odd: float
+
+    @classmethod
+    def of(cls, slower: float | None, within: float | None) -> Alphas:
+        """Split the parts of a look into what its claims and its setting aside may spend."""
+        odd = ODD_SHARE * min(part for part in (slower, within) if part is not None)
+        return cls(
+            None if slower is None else slower - odd,
+            None if within is None else within - odd,
+            odd,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """One look at blocks, all values oriented so that positive is worse."""
+class Look:
+    """One look at units, all values oriented so that positive is worse.
+
+    Attributes:
+        phase: ``screen`` for the pool of all units so far, ``confirm`` for the fresh ones alone.
+        units: How many.
+        set_aside: Which of them, by number, are too far off the others to be looked at; by arm.
+        base: Level of the baseline, in the metric's unit.
+        worse: The log effect.
+        claim: What it shows.
+        alphas: What it could spend.
+        margin: The log effect that the tolerance allows.
+    """
 
     phase: Phase
-    blocks: tuple[_Seen, ...]
-    set_aside: tuple[int, ...]
+    units: int
+    set_aside: Mapping[str, tuple[int, ...]]
     base: float
     worse: Estimate
     claim: Claim
-    slower_alpha: float | None
-    within_alpha: float | None
+    alphas: Alphas
     margin: float
 
+    @property
+    def aside(self) -> int:
+        """How many were set aside."""
+        return sum(map(len, self.set_aside.values()))
+
+    @property
+    def level_alpha(self) -> float:
+        """The probability behind the interval that a verdict states by this look."""
+        spent = self.alphas.within if self.alphas.within is not None else self.alphas.slower
+        return spent or 0.0
+
+    @property
+    def needed_alpha(self) -> float:
+        """The probability behind the claim that the effect, if it is as it looks, would prove."""
+        slower = self.alphas.slower
+        beyond = self.worse.effect > self.margin
+        return slower if beyond and slower is not None else self.level_alpha
+
     def to_json(self) -> dict[str, object]:
+        """JSON values for a verdict's evidence."""
         df = self.worse.df
-        thresholds = {
-            name: None if alpha is None else student_t_ppf(1 - alpha, df)
-            for name, alpha in (("slower", self.slower_alpha), ("within", self.within_alpha))
-        }
+        alphas = {"slower": self.alphas.slower, "within": self.alphas.within}
         return {
             "phase": self.phase,
-            "blocks": len(self.blocks),
-            "set_aside": list(self.set_aside),
+            "units": self.units,
+            "set_aside": {arm: list(which) for arm, which in self.set_aside.items()},
             "effect": self.worse.effect,
             "se": self.worse.se,
             "df": df if math.isfinite(df) else None,
             "statistic": self.worse.statistic(self.margin),
-            "alpha": {"slower": self.slower_alpha, "within": self.within_alpha},
-            "threshold": thresholds,
+            "alpha": alphas,
+            "threshold": {
+                name: None if alpha is None else student_t_ppf(1 - alpha, df)
+                for name, alpha in alphas.items()
+            },
             "claim": self.claim,
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Judge:
-    """What stays the same from look to look."""
+def claim_of(metric: Metric, base: float, worse: Estimate, margin: float, alphas: Alphas) -> Claim:
+    """What an effect shows with what may be spent on showing it.
 
-    metric: Metric
-    margin: float
-    prior: Prior
-    plan: SequentialPlan
+    Args:
+        metric: What was measured; a difference within its slack never counts.
+        base: Level of the baseline, in the metric's unit.
+        worse: The log effect, positive where worse.
+        margin: The log effect that the tolerance allows.
+        alphas: What may be spent.
+    """
+    difference = base * relative(sign(metric) * worse.effect)
+    within_slack = metric.slack > 0 and abs(difference) <= metric.slack
+    if alphas.slower is not None and not within_slack:  # noqa: SIM102 - one claim, one block
+        if worse.bounds(alphas.slower)[0] > margin:
+            return "slower"
+    if alphas.within is not None:
+        if within_slack:
+            return "slack"
+        high = worse.bounds(alphas.within)[1]
+        if high < -margin:
+            return "improved"
+        if high < margin:
+            return "within"
+    return "open"
 
-    def look(
-        self,
-        phase: Phase,
-        blocks: Sequence[_Seen],
-        slower_alpha: float | None,
-        within_alpha: float | None,
-    ) -> _Look:
-        """Look at these blocks; an alpha of None rules its claims out."""
-        direction = sign(self.metric)
-        odd = odd_ones([seen.effect for seen in blocks], self.prior, self.plan.odd_alpha)
-        kept = [seen for i, seen in enumerate(blocks) if i not in odd]
-        worse = mean_estimate([seen.effect for seen in kept], self.prior)
-        base = bounded_exp(math.fsum(seen.base for seen in kept) / len(kept))
-        difference = base * relative(direction * worse.effect)
-        within_slack = self.metric.slack > 0 and abs(difference) <= self.metric.slack
-        claim: Claim = "open"
-        if within_alpha is not None:
-            high = worse.bounds(within_alpha)[1]
-            if within_slack:
-                claim = "slack"
-            elif high < -self.margin:
-                claim = "improved"
-            elif high < self.margin:
-                claim = "within"
-        slower = (
-            slower_alpha is not None
-            and not within_slack
-            and worse.bounds(slower_alpha)[0] > self.margin
-        )
-        return _Look(
-            phase,
-            tuple(blocks),
-            odd,
-            base,
-            worse,
-            "slower" if slower else claim,
-            slower_alpha,
-            within_alpha,
-            self.margin,
-        )
+
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """Where the rule stands after all the blocks it could use.
+class Walk:
+    """Where the rule stands after all the units that it could use.
 
     Attributes:
         looks: All looks, in their order.
-        wants: The kind of block to measure next.
+        wants: The kind of unit to measure next.
+        screened: Screening units behind the last look.
+        confirmed: Confirmation units behind it.
         within: The last look that showed the build to be within tolerance.
     """
 
-    looks: tuple[_Look, ...]
+    looks: tuple[Look, ...]
     wants: Phase | None
-    within: _Look | None = None
+    screened: int
+    confirmed: int = 0
+    within: Look | None = None
 
     @property
-    def telling(self) -> _Look:
+    def telling(self) -> Look:
         """The look that the verdict states: the last, unless only an earlier one made a claim."""
         last = self.looks[-1]
         return self.within if last.claim == "open" and self.within is not None else last
 
 
-def decide_side_by_side(
-    metric: Metric,
-    screen: Sequence[Block],
-    confirm: Sequence[Block],
-    *,
-    tolerance: float,
-    prior: Prior | None = None,
-    plan: SequentialPlan = DEFAULT_PLAN,
-    last: bool = False,
-) -> Decision:
-    """Judge the blocks so far and say which block is wanted next.
-
-    A pure function: the rule is walked through from the first block, so the same blocks always
-    give the same decision. Blocks beyond a final verdict are not looked at.
-
-    REGRESSION: screening and a confirmation on its own both show a slowdown beyond the
-    tolerance. PASS and IMPROVED: the pool of all blocks shows it. INCONCLUSIVE: neither after
-    ``plan.max_blocks`` screening blocks. A confirmation that does not confirm joins the pool.
+def walk(
+    plan: Plan,
+    margin: float,
+    screen: Sequence[U],
+    confirm: Sequence[U],
+    look: Callable[[Phase, Sequence[U], Alphas], Look],
+) -> Walk:
+    """Walk through the units until the rule ends or has used them up.
 
     Args:
-        metric: What was measured.
-        screen: Screening blocks, in the order in which they were measured.
-        confirm: Confirmation blocks, likewise.
-        tolerance: Relative change for the worse that is allowed.
-        prior: What is known of the sd of a block's log effect; ``DEFAULT_BLOCK_PRIOR`` if None.
-        plan: Numbers of blocks and error probabilities.
-        last: No further block will come: the decision is final.
+        plan: Numbers of units and error probabilities.
+        margin: The log effect that the tolerance allows.
+        screen: Screening units, in the order in which they were measured.
+        confirm: Confirmation units, likewise.
+        look: Judges units; the phase says whether they are the pool or the confirmation alone.
 
-    Raises:
-        ValueError: A tolerance that is negative or not finite, or a prior without degrees of
-            freedom, which a look at one block needs.
+    Returns:
+        The looks and what is wanted next. Units beyond the end are not looked at.
     """
-    prior = DEFAULT_BLOCK_PRIOR if prior is None else prior
-    if prior.d0 == 0:
-        raise ValueError("prior: a look at one block needs d0 above 0")
-    judge = _Judge(metric, margin_of(tolerance), prior, plan)
-    blocks = [*screen, *confirm]
-    bare = Draft(
-        metric, "side-by-side", tolerance, [b.base for b in blocks], [b.new for b in blocks]
-    )
-    if blocks and (verdict := without_logs(bare)) is not None:
-        return Decision(verdict, None)
-    walk = _walk(judge, screen, confirm)
-    decision = Decision(_verdict(judge, walk, tolerance), walk.wants)
-    return finish(decision) if last else decision
-
-
-def finish(decision: Decision) -> Decision:
-    """The decision when no further block will be measured; a final one is returned as it is."""
-    if decision.wants is None:
-        return decision
-    verdict = decision.verdict
-    if verdict.outcome is Outcome.PASS:
-        return Decision(verdict, None)
-    if verdict.change is None:
-        reason = f"{verdict.metric}: the budget was spent before the first block was measured"
-    elif decision.wants == "confirm":
-        reason = (
-            f"{_found(verdict)}, and the budget was spent before this slowdown could be "
-            "confirmed: raise --llmperf-budget"
+    looks: list[Look] = []
+    within: Look | None = None
+    given = min(len(screen), plan.max_screen)
+    for count in range(min(plan.first_screen, plan.first_pass), given + 1):
+        alphas = Alphas.of(
+            plan.screen_part(count) if count >= plan.first_screen else None,
+            plan.pass_part(count) if count >= plan.first_pass else None,
         )
-    else:
-        reason = (
-            f"{_found(verdict)}, and the budget was spent before it was shown to be within or "
-            f"beyond the tolerance of {percent(verdict.tolerance)}: raise --llmperf-budget"
-        )
-    return Decision(replace(verdict, reason=reason), None)
+        seen = look("screen", screen[:count], alphas)
+        looks.append(seen)
+        if seen.claim == "slower":
+            return _confirm(plan, looks, screen[:count], confirm, look)
+        if seen.claim == "within" and seen.worse.effect < -margin - ROUNDING:
+            # PASS is shown, but the build looks better by more than the tolerance, and the next
+            # units may show that. What was shown stays shown.
+            within = seen
+        elif seen.claim != "open":
+            return Walk(tuple(looks), None, count)
+        if within is not None and count >= IMPROVED_UNTIL:
+            return Walk(tuple(looks), None, count, within=within)
+    wants: Phase | None = "screen" if given < plan.max_screen else None
+    return Walk(tuple(looks), wants, given, within=within)
 
 
-def _seen(metric: Metric, block: Block) -> _Seen:
-    effect = sign(metric) * block_effect(block.base, block.new, paired=block.paired)
-    return _Seen(block, effect, float(log_means([block.base])[0]))
-
-
-def _walk(judge: _Judge, screen: Sequence[Block], confirm: Sequence[Block]) -> _Walk:
-    plan = judge.plan
-    looks: list[_Look] = []
-    pool: list[_Seen] = []
-    rounds = 0
-    within: _Look | None = None
-    for block in screen[: plan.max_blocks]:
-        pool.append(_seen(judge.metric, block))
-        while True:
-            look = judge.look(
-                "screen",
-                pool,
-                plan.screen_look_alpha if rounds < plan.max_confirmations else None,
-                plan.pass_look_alpha(len(pool)) if len(pool) >= plan.min_blocks else None,
-            )
-            looks.append(look)
-            if look.claim == "open":
-                break
-            if look.claim == "within" and look.worse.effect < -judge.margin - ROUNDING:
-                # PASS is shown, but the build looks better by more than the tolerance: IMPROVED
-                # says more, and the blocks that are left may show it.
-                within = look
-                break
-            if look.claim != "slower":
-                return _Walk(tuple(looks), None)
-            start = rounds * plan.confirm_blocks
-            fresh = [
-                _seen(judge.metric, block) for block in confirm[start : start + plan.confirm_blocks]
-            ]
-            if len(fresh) < plan.confirm_blocks:
-                return _Walk(tuple(looks), "confirm", within)
-            looks.append(judge.look("confirm", fresh, plan.confirm_alpha, None))
+def _confirm(
+    plan: Plan,
+    looks: list[Look],
+    screened: Sequence[U],
+    confirm: Sequence[U],
+    look: Callable[[Phase, Sequence[U], Alphas], Look],
+) -> Walk:
+    given = min(len(confirm), plan.max_confirm)
+    for count in range(1, given + 1):
+        fresh = confirm[:count]
+        if count >= plan.first_confirm:
+            looks.append(look("confirm", fresh, Alphas.of(plan.confirm_part(count), None)))
             if looks[-1].claim == "slower":
-                return _Walk(tuple(looks), None)
-            pool += fresh
-            rounds += 1
-    return _Walk(tuple(looks), "screen" if len(screen) < plan.max_blocks else None, within)
+                return Walk(tuple(looks), None, len(screened), count)
+        pool = [*screened, *fresh]
+        if len(pool) >= plan.first_pass:
+            looks.append(look("screen", pool, Alphas.of(None, plan.pass_part(len(pool)))))
+            if looks[-1].claim != "open":
+                return Walk(tuple(looks), None, len(screened), count)
+    wants: Phase | None = "confirm" if given < plan.max_confirm else None
+    return Walk(tuple(looks), wants, len(screened), given)
 
 
-def _verdict(judge: _Judge, walk: _Walk, tolerance: float) -> Verdict:
-    metric, plan = judge.metric, judge.plan
-    used = _used(walk)
-    draft = Draft(
-        metric,
-        "side-by-side",
-        tolerance,
-        [seen.block.base for _, seen in used],
-        [seen.block.new for _, seen in used],
-    )
-    evidence: dict[str, object] = {
-        "mode": "side-by-side",
-        "margin": judge.margin,
-        "prior": judge.prior.to_json(),
-        "plan": asdict(plan),
-        "false_regression_bound": plan.false_regression_bound,
-        "blocks": [_block_json(phase, seen) for phase, seen in used],
-        "looks": [look.to_json() for look in walk.looks],
-    }
-    if not walk.looks:
-        reason = f"{metric.name}: no block was measured yet"
-        return draft.verdict(Outcome.INCONCLUSIVE, reason, evidence)
-    # A confirmed slowdown is stated from the confirmation alone: the screening blocks were
+def verdict_of(
+    walk: Walk,
+    bare: Draft,
+    evidence: Mapping[str, object],
+    unit: str,
+    lacking: Callable[[Look], tuple[object, str]],
+) -> Verdict:
+    """The verdict of a walk with at least one look.
+
+    Args:
+        walk: The walk.
+        bare: Metric, tolerance and samples.
+        evidence: What is to be recorded beside the looks.
+        unit: ``block`` or ``launch``.
+        lacking: How many units would make an open look clear, as JSON and in words.
+    """
+    metric, look = bare.metric, walk.telling
+    # A confirmed slowdown is stated from the confirmation alone: the screening units were
     # selected for looking slow.
-    look = walk.telling
-    alpha = plan.pass_look_alpha(len(look.blocks))
-    if look.phase == "confirm":
-        alpha = plan.confirm_alpha
-    change = relative(sign(metric) * look.worse.effect)
+    alpha = look.level_alpha
+    log_change = sign(metric) * look.worse.effect
+    change = relative(log_change)
     draft = replace(
-        draft,
+        bare,
         base=look.base,
         new=look.base * (1 + change),
         change=change,
         interval=interval_of(look.worse, sign(metric), alpha),
     )
-    effects = [seen.effect for seen in look.blocks]
-    evidence |= {
+    more: dict[str, object] = {
+        **evidence,
+        "looks": [one.to_json() for one in walk.looks],
         "telling_look": walk.looks.index(look),
         "level": 1 - 2 * alpha,
-        "sign_flip_p": sign_flip_p(effects) if len(effects) <= MOST_FLIPPED else None,
     }
-    return _worded(judge, walk, draft, evidence)
-
-
-def _worded(judge: _Judge, walk: _Walk, draft: Draft, evidence: dict[str, object]) -> Verdict:
-    look = walk.telling
-    level = evidence["level"]
-    found = finding(
-        judge.metric.name,
-        draft.change,
-        draft.interval,
-        level if isinstance(level, float) else 0.0,
-    )
+    found = finding(metric.name, change, draft.interval, 1 - 2 * alpha)
+    if look.aside:
+        found += f" without {plural(look.aside, unit)} far off the others"
     allowed = percent(draft.tolerance)
-    if look.set_aside:
-        aside = plural(len(look.set_aside), "block")
-        found += f" without {aside} of {len(look.blocks)} far off the others"
-    if walk.wants == "confirm":
-        outcome = Outcome.INCONCLUSIVE
-        reason = f"{found}, a slowdown that waits for its confirmation on fresh blocks"
-    elif look.claim == "slower":
+    fresh = f"fresh {unit}{'es' if unit.endswith('ch') else 's'}"
+    if look.claim == "slower" and walk.wants is None:
         outcome = Outcome.REGRESSION
-        reason = f"{found}, confirmed on fresh blocks, {BEYOND.format(tolerance=allowed)}"
+        reason = f"{found}, confirmed on {fresh}, {BEYOND.format(tolerance=allowed)}"
+    elif walk.wants == "confirm":
+        outcome = Outcome.INCONCLUSIVE
+        reason = f"{found}, a slowdown that waits for its confirmation on {fresh}"
     elif look.claim == "improved":
         outcome = Outcome.IMPROVED
         reason = f"{found}, {STALE.format(tolerance=allowed)}"
@@ -514,67 +420,27 @@ def _worded(judge: _Judge, walk: _Walk, draft: Draft, evidence: dict[str, object
         reason = f"{found}, shown to be within the tolerance of {allowed}"
     elif look.claim == "slack":
         outcome = Outcome.PASS
-        reason = within_slack_text(judge.metric, draft.base or 0.0, draft.new or 0.0)
+        reason = within_slack_text(metric, draft.base or 0.0, draft.new or 0.0)
     else:
         outcome = Outcome.INCONCLUSIVE
-        lack = _lacking(judge, look)
-        evidence["missing_blocks"] = lack
-        advice = (
-            f"even {_MOST_BLOCKS} blocks would hardly tell"
-            if lack is None
-            else f"about {plural(lack, 'more block')} needed"
-        )
+        more["missing"], advice = lacking(look)
+        suspected = f", suspected but not confirmed on {fresh}" if walk.confirmed else ""
         reason = (
-            f"{found} after {plural(len(look.blocks), 'block')}, neither within nor beyond the "
-            f"tolerance of {allowed}: {advice}"
+            f"{found} after {plural(look.units, unit)}, neither within nor beyond the tolerance "
+            f"of {allowed}{suspected}: {advice}"
         )
-    return draft.verdict(outcome, reason, evidence)
+    return draft.verdict(outcome, reason, more)
 
 
-def _lacking(judge: _Judge, look: _Look) -> int | None:
-    """Blocks missing until an effect this far from the margin is clear with ``_POWER``."""
-    n = len(look.blocks) - len(look.set_aside)
-    variance = look.worse.se**2 * n
-    distance = abs(look.worse.effect - judge.margin)
-    alpha = judge.plan.pass_look_alpha(n)
-
-    def enough(size: int) -> bool:
-        df = look.worse.df + size - n
-        reach = student_t_ppf(1 - alpha, df) + student_t_ppf(_POWER, df)
-        return distance >= reach * math.sqrt(variance / size)
-
-    size = smallest(enough, n + 1, max(_MOST_BLOCKS, n + 1))
-    return None if size is None else size - n
-
-
-def _used(walk: _Walk) -> list[tuple[Phase, _Seen]]:
-    """Every block that was looked at, in the order of the looks."""
-    used: list[tuple[Phase, _Seen]] = []
-    for look in walk.looks:
-        if look.phase == "confirm":
-            used += [("confirm", seen) for seen in look.blocks]
-        elif len(look.blocks) > len(used):
-            used += [("screen", seen) for seen in look.blocks[len(used) :]]
-    return used
-
-
-def _block_json(phase: Phase, seen: _Seen) -> dict[str, object]:
-    block = seen.block
-    return {
-        "phase": phase,
-        "base": list(block.base),
-        "new": list(block.new),
-        "paired": block.paired,
-        "order": block.order,
-        "effect": seen.effect,
-    }
-
-
-def _found(verdict: Verdict) -> str:
-    level = verdict.evidence.get("level")
-    return finding(
-        verdict.metric,
-        verdict.change,
-        verdict.interval,
-        level if isinstance(level, float) else 0.0,
-    )
+def finish(decision: Decision) -> Decision:
+    """The decision when no further unit will be measured; a final one is returned as it is."""
+    if decision.wants is None:
+        return decision
+    verdict = decision.verdict
+    if verdict.outcome is Outcome.PASS:
+        return Decision(verdict, None)
+    if verdict.change is None:
+        reason = f"{verdict.metric}: the budget was spent before the first look"
+    else:
+        reason = f"{verdict.reason}; the budget was spent"
+    return Decision(replace(verdict, reason=f"{reason}: raise --llmperf-budget"), None)

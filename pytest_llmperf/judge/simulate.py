@@ -15,18 +15,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from pytest_llmperf.judge.sequential import (
-    DEFAULT_PLAN,
-    Block,
-    SequentialPlan,
-    decide_side_by_side,
-)
+from pytest_llmperf.judge.sequential import Plan
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Array, Prior
-from pytest_llmperf.judge.stored import DEFAULT_STORED, StoredPlan, decide_stored
+from pytest_llmperf.judge.stored import DEFAULT_STORED, decide_stored
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS, Metric
 
@@ -179,7 +176,7 @@ def play_side_by_side(
     *,
     tolerance: float,
     prior: Prior | None = None,
-    plan: SequentialPlan = DEFAULT_PLAN,
+    plan: Plan = DEFAULT_PLAN,
 ) -> tuple[Outcome, int]:
     """Take blocks in the order of time until the verdict is final.
 
@@ -201,11 +198,6 @@ def play_side_by_side(
         (screen if decision.wants == "screen" else confirm).append(made[taken])
 
 
-def most_blocks(plan: SequentialPlan) -> int:
-    """Most blocks that a verdict can take."""
-    return plan.max_blocks + plan.max_confirmations * plan.confirm_blocks
-
-
 def side_by_side(
     noise: Noise,
     tolerance: float,
@@ -215,7 +207,7 @@ def side_by_side(
     seed: int,
     metric: Metric = METRICS["decode_tps"],
     prior: Prior | None = None,
-    plan: SequentialPlan = DEFAULT_PLAN,
+    plan: Plan = DEFAULT_PLAN,
 ) -> Cell:
     """Simulate one cell; the same seed gives the same cell.
 
@@ -231,7 +223,7 @@ def side_by_side(
         plan: Likewise.
     """
     rng = np.random.default_rng(seed)
-    made = blocks(noise, math.log1p(effect), rng, runs, most_blocks(plan))
+    made = blocks(noise, math.log1p(effect), rng, runs, plan.most_units)
     played = (
         play_side_by_side(
             [to_block(block, metric) for block in run],
@@ -255,7 +247,7 @@ def stored(
     metric: Metric = METRICS["decode_tps"],
     recorded: int = 3,
     prior: Prior | None = None,
-    plan: StoredPlan = DEFAULT_STORED,
+    plan: Plan = DEFAULT_STORED,
     requests: int = 5,
 ) -> Cell:
     """Simulate one cell of comparing with recorded launches, by ``decide_stored`` itself.
@@ -277,7 +269,7 @@ def stored(
     """
     prior = Prior(noise.between, 10.0) if prior is None else prior
     rng = np.random.default_rng(seed)
-    most = recorded + plan.max_launches + plan.confirm_launches
+    most = recorded + plan.most_units
     starts = launches(noise, rng, runs, most)
     starts[:, recorded:] += math.log1p(effect)
     made = starts[..., None] + noise.within * rng.standard_normal((runs, most, requests))
@@ -315,6 +307,23 @@ def cell(
 Simulation = Callable[..., Cell]
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One cell to simulate; it travels to another process."""
+
+    simulation: Simulation
+    noise: Noise
+    tolerance: float
+    effect: float
+    runs: int
+    seed: int
+
+    def run(self) -> Cell:
+        return self.simulation(
+            self.noise, self.tolerance, self.effect, runs=self.runs, seed=self.seed
+        )
+
+
 def simulate(
     simulation: Simulation,
     *,
@@ -322,14 +331,28 @@ def simulate(
     runs: int,
     seed: int,
     noises: Sequence[Noise] = NOISES,
+    jobs: int = 1,
 ) -> list[Cell]:
-    """Every noise, tolerance and effect; each cell has a seed of its own."""
-    return [
-        simulation(noise, tolerance, effect, runs=runs, seed=seed + 1000 * i + 100 * j + k)
+    """Every noise, tolerance and effect; each cell has a seed of its own.
+
+    Args:
+        simulation: ``side_by_side`` or ``stored``.
+        tolerances: Those to judge by.
+        runs: Verdicts a cell.
+        seed: Seed of all chance.
+        noises: What makes equal launches differ.
+        jobs: Processes to share the cells out to.
+    """
+    tasks = [
+        _Task(simulation, noise, tolerance, effect, runs, seed + 1000 * i + 100 * j + k)
         for i, noise in enumerate(noises)
         for j, tolerance in enumerate(tolerances)
         for k, effect in enumerate(effects_of(tolerance))
     ]
+    if jobs == 1:
+        return [task.run() for task in tasks]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_Task.run, tasks))
 
 
 def table(cells: Sequence[Cell]) -> str:
@@ -357,9 +380,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tolerance", type=float, nargs="+", default=[0.03, 0.05], help="default 0.03 0.05"
     )
     parser.add_argument("--stored", action="store_true", help="compare with recorded launches")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)
     simulation = stored if options.stored else side_by_side
-    cells = simulate(simulation, tolerances=options.tolerance, runs=options.runs, seed=options.seed)
+    cells = simulate(
+        simulation,
+        tolerances=options.tolerance,
+        runs=options.runs,
+        seed=options.seed,
+        jobs=options.jobs,
+    )
     sys.stdout.write(table(cells) + "\n")
     return 0
 

@@ -21,11 +21,11 @@ from pytest_llmperf.gate import (
     SideBySide,
     Stored,
     differences,
-    pooled_prior,
     samples_of,
     to_block,
 )
-from pytest_llmperf.judge.sequential import DEFAULT_PLAN
+from pytest_llmperf.judge.priors import pooled_prior
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN
 from pytest_llmperf.judge.store import Baseline, Recorded
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.launch import Launch
@@ -363,7 +363,7 @@ def test_equal_builds_pass_side_by_side() -> None:
     canned = Canned("decode_tps", around(100.0))
     verdict = ask(canned, SideBySide())
     assert (verdict.outcome, verdict.mode) == (Outcome.PASS, "side-by-side")
-    assert DEFAULT_PLAN.min_blocks <= canned.blocks <= DEFAULT_PLAN.max_blocks
+    assert DEFAULT_PLAN.first_pass <= canned.blocks <= DEFAULT_PLAN.max_screen
 
 
 def test_a_slowdown_is_confirmed_on_fresh_blocks() -> None:

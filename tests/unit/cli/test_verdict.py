@@ -14,13 +14,12 @@ from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.decide import (
     compare_exact,
     compare_published,
-    compare_stored,
     failed,
     incomparable,
     missing,
     recorded,
 )
-from pytest_llmperf.judge.sequential import Block, decide_side_by_side
+from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
 from pytest_llmperf.judge.stored import decide_stored
 from pytest_llmperf.judge.verdict import Verdict
@@ -46,6 +45,12 @@ def block(change: float) -> Block:
     """A paired block with this change."""
     base, new = launches([0.0])[0], launches([change])[0]
     return Block(tuple(base), tuple(new), paired=True, order="bn")
+
+
+def stored(base: Sequence[Sequence[float]], change: float, prior: Prior | None) -> Verdict:
+    """The verdict on launches with this change, as many as are wanted."""
+    new = launches([change] * 6)
+    return decide_stored(DECODE, base, new, new, tolerance=0.05, prior=prior, last=True).verdict
 
 
 def again(*verdicts: Verdict) -> list[tuple[str, str]]:
@@ -98,11 +103,10 @@ def test_stored_with_a_plan(
 
 @pytest.mark.parametrize("change", [-0.35, -0.045, 0.0, 0.4])
 def test_stored(change: float) -> None:
-    """Every outcome of a single look, and of too few recorded launches."""
+    """Every outcome, and too few recorded launches."""
     for prior in (None, PRIOR):
-        new = launches([change] * 3)
-        agrees(compare_stored(DECODE, BASE, new, tolerance=0.05, prior=prior))
-        agrees(compare_stored(DECODE, BASE[:2], new, tolerance=0.05, prior=prior))
+        agrees(stored(BASE, change, prior))
+        agrees(stored(BASE[:2], change, prior))
 
 
 @pytest.mark.parametrize("new", [4096.0, 4095.0, 8192.0, math.nan])
@@ -120,7 +124,6 @@ def test_published(change: float) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
 def test_unusable_samples(bad: float) -> None:
     """Samples without a logarithm, in every mode that takes some."""
-    agrees(compare_stored(VRAM, [[0.0]], [[bad]], tolerance=0.02))
     agrees(compare_published(VRAM, 900.0, [[bad]], tolerance=0.02))
     one = Block((0.0,), (bad,), paired=False, order="bn")
     agrees(decide_side_by_side(VRAM, [one], [], tolerance=0.02).verdict)
@@ -131,7 +134,8 @@ def test_slack() -> None:
     """A PASS by slack, stored and side by side."""
     one = Block((1000.0,), (1050.0,), paired=False, order="bn")
     agrees(decide_side_by_side(VRAM, [one, one], [], tolerance=0.02).verdict)
-    agrees(compare_stored(VRAM, [[1000.0]] * 3, [[1050.0]] * 3, tolerance=0.02, prior=PRIOR))
+    new = [[1050.0]] * 3
+    agrees(decide_stored(VRAM, [[1000.0]] * 3, new, [], tolerance=0.02, prior=PRIOR).verdict)
 
 
 def test_nothing_compared() -> None:
@@ -147,18 +151,9 @@ def test_nothing_compared() -> None:
 
 def test_one_start_of_a_running_server() -> None:
     """Evidence that says it comes from one start leads to INCONCLUSIVE, whatever it shows."""
-    shown = compare_stored(DECODE, BASE, launches([0.0] * 3), tolerance=0.05, prior=PRIOR)
+    shown = stored(BASE, 0.0, PRIOR)
     data = shown.to_json()
     data |= {"outcome": "INCONCLUSIVE", "evidence": {**shown.evidence, "one_start": True}}
-    agrees(Verdict.from_json(data))
-
-
-def test_a_suspicion_that_was_not_confirmed() -> None:
-    """An unclear second look after a suspicion is INCONCLUSIVE."""
-    unclear = compare_stored(DECODE, BASE, launches([-0.045] * 3), tolerance=0.05, prior=PRIOR)
-    first = compare_stored(DECODE, BASE, launches([-0.35] * 3), tolerance=0.05, prior=PRIOR)
-    data = unclear.to_json()
-    data["evidence"] = {**unclear.evidence, "suspicion": first.to_json()}
     agrees(Verdict.from_json(data))
 
 
@@ -171,7 +166,7 @@ def test_a_changed_word_is_found() -> None:
 
 def test_what_a_run_writes_can_be_read(tmp_path: Path) -> None:
     """The file that ``--llmperf-report`` writes is the one that is read."""
-    verdict = compare_stored(DECODE, BASE, launches([0.0] * 3), tolerance=0.05)
+    verdict = stored(BASE, 0.0, None)
     side = Side("b1", "b1")
     result = Result("test_a", "cpu/short", side, side, "box", (verdict,))
     write_report(tmp_path, [result])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_llmperf.judge.calibration import noise, replay, smallest_detectable
-from pytest_llmperf.judge.sequential import Block
+from pytest_llmperf.judge.side_by_side import Block
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
 

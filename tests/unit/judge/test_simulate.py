@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pytest_llmperf.judge import simulate
-from pytest_llmperf.judge.sequential import DEFAULT_PLAN, Block
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block
 from pytest_llmperf.judge.simulate import NOISES, Cell, Noise
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
@@ -40,10 +40,11 @@ def test_launches_are_the_unit() -> None:
     assert cell(noise, TOLERANCE, runs).counts[Outcome.REGRESSION] <= most(BOUND, runs)
 
     rng = np.random.default_rng(1)
-    made = simulate.blocks(noise, math.log1p(TOLERANCE), rng, runs, 1, pairs=10)
+    requests = DEFAULT_PLAN.most_units
+    made = simulate.blocks(noise, math.log1p(TOLERANCE), rng, runs, 1, pairs=requests)
     naive = 0
     for (block,) in made:
-        pairs = [simulate.to_block(block[:, i : i + 1], DECODE) for i in range(10)]
+        pairs = [simulate.to_block(block[:, i : i + 1], DECODE) for i in range(requests)]
         outcome, _ = simulate.play_side_by_side(pairs, DECODE, tolerance=TOLERANCE)
         naive += outcome is Outcome.REGRESSION
     assert naive > 2 * most(BOUND, runs)
@@ -55,7 +56,7 @@ def test_more_requests_do_not_make_a_verdict_surer() -> None:
     outcomes = []
     for pairs in (4, 40):
         rng = np.random.default_rng(5)
-        made = simulate.blocks(noise, 0.0, rng, 8, 10, pairs)
+        made = simulate.blocks(noise, 0.0, rng, 8, DEFAULT_PLAN.most_units, pairs)
         outcomes.append(
             [
                 simulate.play_side_by_side(
