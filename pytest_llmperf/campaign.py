@@ -7,11 +7,14 @@ the same ones: a server starts once a block however many tests and workloads loo
 from __future__ import annotations
 
 import contextlib
+import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
@@ -19,6 +22,7 @@ from filelock import FileLock, Timeout
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import LlmperfError, RunError, ServerError
 from pytest_llmperf.measure.gpu import free_mib
+from pytest_llmperf.measure.host import Watch, unsteady
 from pytest_llmperf.measure.launch import Launch, Session
 from pytest_llmperf.models.locate import parts
 from pytest_llmperf.models.text import text
@@ -30,6 +34,18 @@ _MIB = 1024 * 1024
 # is a few tens of MiB; on big ones it is well below a fifth of the weights.
 _OVERHEAD = 1.25
 _SPARE_MIB = 1024.0
+
+_TRIES = 4
+_QUIET_WAIT_S = 30.0
+_QUIET_LOOK_S = 0.5
+
+
+class _Unit(Protocol):
+    @property
+    def disturbed(self) -> str: ...
+
+
+Unit = TypeVar("Unit", bound=_Unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +65,11 @@ class PairedLaunches:
     together: bool
     orders: Mapping[str, str]
 
+    @property
+    def disturbed(self) -> str:
+        """What disturbed either launch, ``""`` if nothing did."""
+        return self.base.disturbed or self.new.disturbed
+
 
 @dataclass(slots=True)
 class Campaign:
@@ -66,6 +87,7 @@ class Campaign:
         rng: Coin flips.
         failures: Workload name (or :data:`LAUNCH` for all) to what went wrong.
         before: Called before the first server of a block starts.
+        foreign_load: Cores that other programs may keep busy while something is measured.
     """
 
     config: Config
@@ -78,6 +100,7 @@ class Campaign:
     lock: Path
     rng: random.Random
     before: Callable[[], None] = lambda: None
+    foreign_load: float = math.inf
     failures: dict[str, LlmperfError] = field(default_factory=dict)
     _tokens: list[int] = field(default_factory=list)
     _blocks: list[PairedLaunches] = field(default_factory=list)
@@ -92,8 +115,8 @@ class Campaign:
         while len(self._blocks) <= index:
             self._check()
             with self._measuring():
-                number = len(self._blocks) + 1
-                self._blocks.append(self._run_block(number))
+                what = f"block {len(self._blocks) + 1}"
+                self._blocks.append(self._steadily(what, self._run_block))
         return self._blocks[index]
 
     def launch(self, index: int) -> Launch:
@@ -105,8 +128,8 @@ class Campaign:
         while len(self._launches) <= index:
             self._check()
             with self._measuring():
-                number = len(self._launches) + 1
-                self._launches.append(self._run_alone(self.new, f"launch {number}"))
+                what = f"launch {len(self._launches) + 1}"
+                self._launches.append(self._steadily(what, partial(self._run_alone, self.new)))
         return self._launches[index]
 
     @property
@@ -146,6 +169,30 @@ class Campaign:
         finally:
             lock.release()
 
+    def _steadily(self, what: str, measure: Callable[[str], Unit]) -> Unit:
+        """Measure, and measure again while something disturbs it; the last try is kept as it is.
+
+        A disturbance that lasts is not to be tried again by every test: it stays with the unit.
+        """
+        unit = measure(what)
+        for _ in range(_TRIES - 1):
+            if not unit.disturbed:
+                break
+            self._say(f"{what} is measured again: {unit.disturbed}")
+            self._wait_for_quiet(what)
+            unit = measure(what)
+        return unit
+
+    def _wait_for_quiet(self, what: str) -> None:
+        until = time.monotonic() + _QUIET_WAIT_S
+        while time.monotonic() < until:
+            watch = Watch()
+            time.sleep(_QUIET_LOOK_S)
+            told = watch.load().told(self.foreign_load)
+            if not told:
+                return
+            self._say(f"{what} waits for a quiet machine: {told}")
+
     def _say(self, what: str) -> None:
         self.serve.progress(f"{self.config.name}: {what}")
 
@@ -181,14 +228,22 @@ class Campaign:
 
     def _run_alone(self, build: Build, what: str) -> Launch:
         session = self._open(build, what)
+        watch = self._watch()
         try:
             for workload in self._live():
                 self._say(f"{what}: {build.label} {workload.name}")
                 if not self._guarded(workload, session, partial(self._ask_one, workload, session)):
                     session = self._reopen(session, what)
+            session.launch.disturbed = self._disturbed(watch) or _wandering(session.launch)
         finally:
             session.server.stop()
         return session.launch
+
+    def _watch(self) -> Watch | None:
+        return Watch() if math.isfinite(self.foreign_load) else None
+
+    def _disturbed(self, watch: Watch | None) -> str:
+        return "" if watch is None else watch.load().told(self.foreign_load)
 
     def _ask_one(self, workload: Workload, session: Session) -> None:
         session.warm_up(workload)
@@ -205,10 +260,9 @@ class Campaign:
         launch.requests += dead.launch.requests
         return session
 
-    def _run_block(self, number: int) -> PairedLaunches:
+    def _run_block(self, what: str) -> PairedLaunches:
         if self.base is None:
             raise RunError("there is no second build to measure side by side")
-        what = f"block {number}"
         if not self._fits_twice():
             order = self._flip()
             launches = {
@@ -230,9 +284,13 @@ class Campaign:
             # Who starts first is a coin flip too: the second finds warmer file caches.
             for side in self._flip():
                 sides[side] = self._open(base if side == "b" else new, what)
+            watch = self._watch()
             for workload in self._live():
                 self._say(f"{what}: {workload.name}, {base.label} against {new.label}")
                 orders[workload.name] = self._ask_both(workload, sides, what)
+            disturbed = self._disturbed(watch)
+            for session in sides.values():
+                session.launch.disturbed = disturbed
         finally:
             for session in sides.values():
                 session.server.stop()
@@ -275,3 +333,15 @@ class Campaign:
             return True
         free = free_mib()
         return bool(free) and min(free.values()) > 2 * need
+
+
+def _wandering(launch: Launch) -> str:
+    """Return which workload's samples drift or scatter beyond use, ``""`` if none does.
+
+    Pairs need no such look: what wanders under both builds cancels in their ratios.
+    """
+    for workload, samples in launch.samples.items():
+        for metric in ("decode_tps", "prefill_tps"):
+            if told := unsteady(samples.get(metric, [])):
+                return f"{workload} {metric}: {told}"
+    return ""

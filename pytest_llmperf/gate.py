@@ -13,6 +13,7 @@ from pytest_llmperf.judge._common import finding
 from pytest_llmperf.judge.decide import (
     compare_exact,
     compare_published,
+    disturbed,
     failed,
     incomparable,
     missing,
@@ -31,6 +32,10 @@ from pytest_llmperf.plan.config import LAUNCH, Case
 Fingerprint = Mapping[str, str | int | float | bool]
 
 U = TypeVar("U")
+
+
+class _DisturbedError(Exception):
+    """The machine was not fit to measure on; the text says why."""
 
 
 class Decide(Protocol[U]):
@@ -54,12 +59,22 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Compare with a recorded baseline."""
+    """Compare with a recorded baseline.
+
+    Attributes:
+        baseline: What was recorded.
+        label: Its label.
+        path: Its file.
+        build_option: The option that makes its build the build under test.
+        oldest: The oldest baseline of this machine and its label, where it is another one: against
+            it a drift shows that stays within the tolerance from one baseline to the next.
+    """
 
     baseline: Baseline
     label: str
     path: str
     build_option: str
+    oldest: tuple[str, Baseline] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +154,8 @@ class Question:
             return missing(metric, comparison.reason)
         try:
             return self._measured(comparison)
+        except _DisturbedError as error:
+            return disturbed(metric, str(error))
         except LlmperfError as error:
             return failed(metric, str(error))
 
@@ -154,10 +171,16 @@ class Question:
         if workload is not None and (error := campaign.failures.get(workload.name)):
             raise error
 
+    def _check_steady(self, unit: Launch | PairedLaunches) -> None:
+        # Sizes do not depend on who else is busy.
+        if self.metric.kind == "timing" and unit.disturbed:
+            raise _DisturbedError(unit.disturbed)
+
     def _launch(self, index: int) -> list[float]:
         """Return the samples of a launch of the build under test."""
         launch = self.campaign.launch(index)
         self._check_workload(self.campaign)
+        self._check_steady(launch)
         return samples_of(launch, self.case, self.metric)
 
     def _launches(self, begin: int, end: int) -> list[list[float]]:
@@ -166,6 +189,7 @@ class Question:
     def _block(self, campaign: Campaign, index: int) -> Block:
         pair = campaign.block(index)
         self._check_workload(campaign)
+        self._check_steady(pair)
         return to_block(pair, self.case, self.metric)
 
     def _exact(self, base: float, new: float) -> Verdict:
@@ -273,7 +297,11 @@ class Question:
             )
 
         verdict = self._until_clear(decide, self._launch, lambda: self.campaign.measured[1], plan)
-        return self._again(verdict) if verdict.outcome is Outcome.REGRESSION else verdict
+        if verdict.outcome is Outcome.REGRESSION:
+            verdict = self._again(verdict)
+        if stored.oldest is None:
+            return verdict
+        return since(verdict, *stored.oldest, case.key, self.fingerprint(self.campaign.launch(0)))
 
     def _again(self, verdict: Verdict) -> Verdict:
         """Let a REGRESSION against recorded launches prove itself side by side, if it can.
@@ -337,6 +365,22 @@ def unpublished(metric: Metric, stored: Stored, case: Case) -> Verdict:
         ),
         outcome=Outcome.INCONCLUSIVE,
     )
+
+
+def since(
+    verdict: Verdict, label: str, oldest: Baseline, key: str, fingerprint: Fingerprint
+) -> Verdict:
+    """Return the verdict with the change since an older baseline in its evidence.
+
+    As it is where the older one has no such figure, or made it under other conditions.
+    """
+    known = oldest.results.get(key, {}).get(verdict.metric)
+    if known is None or verdict.new is None or known.value <= 0:
+        return verdict
+    if differences(oldest.fingerprints.get(key, {}), fingerprint):
+        return verdict
+    told = {"label": label, "value": known.value, "change": verdict.new / known.value - 1}
+    return replace(verdict, evidence={**verdict.evidence, "oldest": told})
 
 
 def unconfirmed(verdict: Verdict, why: str) -> Verdict:

@@ -148,7 +148,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("llmperf_launches", "Fresh starts for and against a recorded baseline (3).")
     parser.addini("llmperf_start_timeout", "Seconds a server may take to become ready (600).")
     parser.addini("llmperf_hang_timeout", "Seconds without an answer until a server hangs (300).")
-    parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (4).")
+    parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (3).")
+    parser.addini(
+        "llmperf_foreign_load",
+        "Cores that other programs may keep busy while something is measured (a tenth of all, half "
+        "a core at least); `off` to ignore them.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -37,6 +37,7 @@ from pytest_llmperf.judge import store
 from pytest_llmperf.judge.decide import failed
 from pytest_llmperf.judge.priors import Priors, path_of
 from pytest_llmperf.judge.priors import load as load_priors
+from pytest_llmperf.judge.store import Baseline
 from pytest_llmperf.judge.verdict import Verdict
 from pytest_llmperf.measure.gpu import gpus
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
@@ -271,6 +272,7 @@ class Run:
             lock=self.settings.cache / "locks" / "measuring.lock",
             rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
             before=self.close_server,
+            foreign_load=self.settings.foreign_load,
         )
 
     def model(self, config: Config) -> Path:
@@ -495,7 +497,13 @@ def _comparison(
                 f"with {record}, or measure a second build side by side with --baseline=SPEC"
             ), None
     if (path := store.find(settings.baselines, name, key)) is not None:
-        return Stored(store.load(path), name, str(path), _spec_of(name, suite, new)), None
+        return Stored(
+            store.load(path),
+            name,
+            str(path),
+            _spec_of(name, suite, new),
+            _oldest(settings.baselines, key, name),
+        ), None
     if is_spec(name, suite.builds, settings.root):
         spec = parse_spec(name, suite.builds, settings.root)
         return SideBySide(), resolve(spec, settings.cache, progress)
@@ -504,6 +512,13 @@ def _comparison(
         f"{_spec_of(name, suite, new)} --update-baselines`, or measure it "
         "side by side with --baseline=SPEC, SPEC being its build"
     ), None
+
+
+def _oldest(folder: Path, key: str, compared: str) -> tuple[str, Baseline] | None:
+    """Return the oldest baseline of this machine, None if it is the one compared with."""
+    label = store.oldest(folder, key)
+    path = None if label in {None, compared} else store.find(folder, str(label), key)
+    return None if path is None else (str(label), store.load(path))
 
 
 def _spec_of(name: str, suite: Suite, new: Build) -> str:

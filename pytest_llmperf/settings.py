@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ DEFAULT_SUITE = "suites/llmperf.toml"
 DEFAULT_BASELINES = "baselines"
 DEFAULT_BUDGET = 300.0
 DEFAULT_LAUNCHES = 3
-DEFAULT_PAIRS = 4
+DEFAULT_PAIRS = 3
 DEFAULT_START_TIMEOUT = 600.0
 DEFAULT_HANG_TIMEOUT = 300.0
 # A build spec that is a path, not a name, a URL or `pypi:…`.
@@ -43,6 +45,7 @@ class Settings:
         pairs: Pairs of requests in a side-by-side block.
         start_timeout: Seconds a server may take to become ready.
         hang_timeout: Seconds without a byte after which a request counts as hung.
+        foreign_load: Cores that other programs may keep busy while something is measured.
     """
 
     baseline: str | None
@@ -62,6 +65,7 @@ class Settings:
     pairs: int
     start_timeout: float = DEFAULT_START_TIMEOUT
     hang_timeout: float = DEFAULT_HANG_TIMEOUT
+    foreign_load: float = math.inf
 
 
 def read_settings(
@@ -143,6 +147,7 @@ def read_settings(
         hang_timeout=_number(
             None, ini("llmperf_hang_timeout"), DEFAULT_HANG_TIMEOUT, "hang_timeout", 1.0
         ),
+        foreign_load=_foreign_load(ini("llmperf_foreign_load")),
     )
 
 
@@ -178,6 +183,17 @@ def _count(from_ini: object, default: int, name: str) -> int:
     if not value.is_integer():
         raise PlanError(f"ini llmperf_{name}: {from_ini} must be a whole number")
     return int(value)
+
+
+def default_foreign_load() -> float:
+    """Cores that other programs may keep busy: a tenth of all, half a core at least."""
+    return max(0.5, 0.1 * (os.cpu_count() or 1))
+
+
+def _foreign_load(from_ini: object) -> float:
+    if str(from_ini or "") == "off":
+        return math.inf
+    return _number(None, from_ini, default_foreign_load(), "foreign_load", 0.0)
 
 
 def _tolerances(lines: Sequence[str]) -> dict[str, float]:

@@ -25,8 +25,16 @@ from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign import Campaign
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.gate import to_block
-from pytest_llmperf.judge.calibration import noise, replay, smallest_detectable
-from pytest_llmperf.judge.side_by_side import Block
+from pytest_llmperf.judge.calibration import (
+    noise,
+    priors_of,
+    replay,
+    resample,
+    smallest_detectable,
+    spread,
+)
+from pytest_llmperf.judge.priors import Priors, path_of, save
+from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure.machine import machine
 from pytest_llmperf.metrics import METRICS
@@ -34,10 +42,19 @@ from pytest_llmperf.models.locate import locate
 from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.report.wording import columns, percent
 from pytest_llmperf.serve.launch import ServePlan
-from pytest_llmperf.settings import DEFAULT_PAIRS, DEFAULT_SUITE
+from pytest_llmperf.settings import DEFAULT_PAIRS, DEFAULT_SUITE, default_foreign_load
 
 DEFAULT_METRICS = ("decode_tps", "prefill_tps", "ttft_ms", "itl_ms")
 _POWER = 0.9
+_FEWEST_BLOCKS = 10
+"""Fewest blocks of a case that say anything of its noise."""
+_SHOWN = (
+    Outcome.REGRESSION,
+    Outcome.PASS,
+    Outcome.IMPROVED,
+    Outcome.INCONCLUSIVE,
+    Outcome.INCOMPARABLE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +62,28 @@ class Measured:
     """One metric of one workload in one block.
 
     Attributes:
+        config: Name.
         level: Share of the time in which the second server was stopped.
         workload: Name.
         metric: Name.
         block: The samples of both sides.
         seconds: What the whole block took.
+        disturbed: What disturbed it in every try, ``""`` if nothing did.
     """
 
+    config: str
     level: float
     workload: str
     metric: str
     block: Block
     seconds: float
+    disturbed: str = ""
 
     def dumps(self) -> str:
         """Return it as a line of JSON."""
         return json.dumps(
             {
+                "config": self.config,
                 "level": self.level,
                 "workload": self.workload,
                 "metric": self.metric,
@@ -70,6 +92,7 @@ class Measured:
                 "paired": self.block.paired,
                 "order": self.block.order,
                 "seconds": round(self.seconds, 3),
+                "disturbed": self.disturbed,
             }
         )
 
@@ -83,7 +106,15 @@ class Measured:
         try:
             data = json.loads(line)
             block = Block(tuple(data["base"]), tuple(data["new"]), data["paired"], data["order"])
-            return cls(data["level"], data["workload"], data["metric"], block, data["seconds"])
+            return cls(
+                data["config"],
+                data["level"],
+                data["workload"],
+                data["metric"],
+                block,
+                data["seconds"],
+                data["disturbed"],
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a calibration block: {error}") from error
 
@@ -103,12 +134,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the time in which the second server is stopped (0,0.05,0.10,0.35)",
     )
     parser.add_argument("--tolerance", type=_shares, default=(0.03, 0.05), help="(0.03,0.05)")
-    parser.add_argument("--pairs", type=int, default=DEFAULT_PAIRS, help="pairs a block (4)")
+    parser.add_argument("--pairs", type=int, default=DEFAULT_PAIRS, help="pairs a block (3)")
     parser.add_argument(
         "--blocks-file",
         type=Path,
         default=Path(".llmperf/calibration.jsonl"),
         help="where blocks are kept (.llmperf/calibration.jsonl)",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=200, help="comparisons drawn from the blocks (200)"
     )
     parser.add_argument(
         "--replay-only", action="store_true", help="measure nothing, judge the blocks that are kept"
@@ -123,16 +157,40 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure what is missing and print the table.
+    """Measure what is missing, print the tables and keep the priors.
 
     Raises:
         UserError: If suite, build, config or model cannot be had.
     """
     kept = load_blocks(arguments.blocks_file)
+    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
+    key = str(machine(os.environ.get("LLMPERF_MACHINE") or None)["key"])
     if not arguments.replay_only:
-        kept = measure(arguments, kept)
-    sys.stdout.write("\n".join(report(kept, arguments.tolerance)) + "\n")
+        kept = measure(arguments, kept, cache)
+    # The blocks of a replay may come from another machine: their noise is not this one's.
+    found = priors(kept)
+    lines = report(kept, arguments.tolerance, found, arguments.runs)
+    if not arguments.replay_only and found.blocks:
+        path = path_of(cache, key)
+        save(path, found, machine=key, at=time.strftime("%Y-%m-%d"))
+        lines += ["", f"priors kept for later runs on {key}: {path}"]
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def priors(kept: Sequence[Measured]) -> Priors:
+    """Return the priors that blocks of a build against itself give, by metric."""
+    groups: dict[str, dict[tuple[str, str], list[Block]]] = {}
+    for one in kept:
+        if one.level == 0 and not one.disturbed:
+            of_metric = groups.setdefault(one.metric, {})
+            of_metric.setdefault((one.config, one.workload), []).append(one.block)
+    blocks, launches = {}, {}
+    for name, cases in groups.items():
+        enough = [case for case in cases.values() if len(case) >= _FEWEST_BLOCKS]
+        if enough:
+            blocks[name], launches[name] = priors_of([spread(METRICS[name], b) for b in enough])
+    return Priors(blocks, launches)
 
 
 def load_blocks(path: Path) -> list[Measured]:
@@ -152,9 +210,8 @@ def load_blocks(path: Path) -> list[Measured]:
     return found
 
 
-def measure(arguments: argparse.Namespace, kept: list[Measured]) -> list[Measured]:
+def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) -> list[Measured]:
     """Measure blocks, slowdowns taking turns, until each has as many as were asked for."""
-    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
     suite = load_suite(arguments.suite)
     [case, *_] = cases = suite.cases([arguments.config], arguments.workload or ["short"])
     config = case.config
@@ -174,12 +231,15 @@ def measure(arguments: argparse.Namespace, kept: list[Measured]) -> list[Measure
             pairs=arguments.pairs,
             lock=cache / "locks" / "measuring.lock",
             rng=random.Random(f"{time.time_ns()}:{level}"),  # noqa: S311 - a coin, not a key
+            foreign_load=default_foreign_load(),
         )
         for level in arguments.slowdowns
     }
     names = {one.workload.name for one in cases if one.workload is not None}
     done = {
-        level: sum(m.level == level and m.workload in names for m in kept)
+        level: sum(
+            m.level == level and m.config == config.name and m.workload in names for m in kept
+        )
         // (len(cases) * len(DEFAULT_METRICS))
         for level in campaigns
     }
@@ -196,7 +256,15 @@ def measure(arguments: argparse.Namespace, kept: list[Measured]) -> list[Measure
                         raise error
                     for name in DEFAULT_METRICS:
                         block = to_block(pair, one, METRICS[name])
-                        measured = Measured(level, one.workload.name, name, block, seconds)
+                        measured = Measured(
+                            config.name,
+                            level,
+                            one.workload.name,
+                            name,
+                            block,
+                            seconds,
+                            pair.disturbed,
+                        )
                         kept.append(measured)
                         stream.write(measured.dumps() + "\n")
                 stream.flush()
@@ -206,74 +274,118 @@ def measure(arguments: argparse.Namespace, kept: list[Measured]) -> list[Measure
     return kept
 
 
-def report(kept: Sequence[Measured], tolerances: Sequence[float]) -> list[str]:
-    """Return the tables: noise, then outcomes a slowdown and tolerance."""
-    groups: dict[tuple[str, str, float], list[Measured]] = {}
+Group = tuple[str, str, float]
+"""Case, metric and share of the time in which the second server was stopped."""
+
+
+def report(
+    kept: Sequence[Measured], tolerances: Sequence[float], found: Priors, runs: int
+) -> list[str]:
+    """Return the tables: noise and priors, then outcomes by slowdown and tolerance.
+
+    Args:
+        kept: What was measured.
+        tolerances: Those to judge by.
+        found: The priors that it gives, with which a later run would judge.
+        runs: Comparisons to draw from the blocks of each slowdown.
+    """
+    groups: dict[Group, list[Measured]] = {}
     for one in kept:
-        groups.setdefault((one.workload, one.metric, one.level), []).append(one)
+        groups.setdefault((f"{one.config}/{one.workload}", one.metric, one.level), []).append(one)
     lines = [f"machine {machine()['key']}", ""]
-    rows = [("workload", "metric", "stopped", "blocks", "true change", "sd", "robust sd", "range")]
-    for (workload, metric, level), group in sorted(groups.items()):
-        if len(group) > 1:
-            found = noise([one.block for one in group])
+    rows = [("case", "metric", "stopped", "blocks", "true change", "sd", "robust sd", "range")]
+    for (case, metric, level), group in sorted(groups.items()):
+        steady = [one.block for one in group if not one.disturbed]
+        if len(steady) > 1:
+            told = noise(steady)
             rows.append(
                 (
-                    workload,
+                    case,
                     metric,
                     f"{100 * level:g} %",
-                    str(found.blocks),
-                    percent(math.expm1(found.effect)),
-                    f"{100 * found.sd:.2f} %",
-                    f"{100 * found.robust_sd:.2f} %",
-                    f"{100 * found.spread[0]:+.1f} … {100 * found.spread[1]:+.1f} %",
+                    f"{len(steady)}" + (f" of {len(group)}" if len(steady) < len(group) else ""),
+                    percent(math.expm1(told.effect)),
+                    f"{100 * told.sd:.2f} %",
+                    f"{100 * told.robust_sd:.2f} %",
+                    f"{100 * told.spread[0]:+.1f} … {100 * told.spread[1]:+.1f} %",
                 )
             )
     lines += columns(rows)
+    if found.blocks:
+        lines += ["", "noise floor: sd of a block's log effect, and of a launch's log value"]
+        lines += columns(
+            [
+                ("metric", "block", "d0", "launch", "d0"),
+                *(
+                    (
+                        name,
+                        f"{100 * prior.s0:.2f} %",
+                        f"{prior.d0:.1f}",
+                        f"{100 * found.launches[name].s0:.2f} %",
+                        f"{found.launches[name].d0:.1f}",
+                    )
+                    for name, prior in sorted(found.blocks.items())
+                ),
+            ]
+        )
     for tolerance in tolerances:
-        lines += ["", f"tolerance {100 * tolerance:g} %", *_outcomes(groups, tolerance)]
+        for drawn in (False, True):
+            how = f"{runs} comparisons drawn" if drawn else "each block used once"
+            lines += ["", f"tolerance {100 * tolerance:g} %, {how}"]
+            _say(lines[-1])
+            lines += _outcomes(groups, tolerance, found, runs if drawn else 0)
     return lines
 
 
-def _outcomes(groups: dict[tuple[str, str, float], list[Measured]], tolerance: float) -> list[str]:
-    shown = (Outcome.REGRESSION, Outcome.PASS, Outcome.IMPROVED, Outcome.INCONCLUSIVE)
+def _outcomes(
+    groups: dict[Group, list[Measured]], tolerance: float, found: Priors, runs: int
+) -> list[str]:
     rows = [
         (
-            "workload",
+            "case",
             "metric",
             "true change",
             "comparisons",
-            *(o.value for o in shown),
+            *(o.value for o in _SHOWN),
             "blocks",
             "s",
         )
     ]
     power: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (workload, metric, _level), group in sorted(groups.items()):
-        if len(group) < 2:  # noqa: PLR2004 - no noise without two
+    for (case, name, level), group in sorted(groups.items()):
+        blocks = [None if one.disturbed else one.block for one in group]
+        steady = [block for block in blocks if block is not None]
+        if len(steady) < 2 or (runs and len(blocks) < DEFAULT_PLAN.most_units):  # noqa: PLR2004 - no noise without two
             continue
-        blocks = [one.block for one in group]
-        effect = math.expm1(noise(blocks).effect)
-        found = replay(METRICS[metric], blocks, tolerance=tolerance)
+        effect = math.expm1(noise(steady).effect)
+        metric, prior = METRICS[name], found.block(name)
+        played = (
+            resample(
+                metric, blocks, runs=runs, seed=int(1e4 * level), tolerance=tolerance, prior=prior
+            )
+            if runs
+            else replay(metric, blocks, tolerance=tolerance, prior=prior)
+        )
         each = sum(one.seconds for one in group) / len(group)
-        worse = -effect if METRICS[metric].better == "higher" else effect
-        power.setdefault((workload, metric), []).append((worse, found.rate(Outcome.REGRESSION)))
+        worse = -effect if metric.better == "higher" else effect
+        power.setdefault((case, name), []).append((worse, played.rate(Outcome.REGRESSION)))
         rows.append(
             (
-                workload,
-                metric,
+                case,
+                name,
                 percent(effect),
-                str(found.comparisons),
-                *(f"{100 * found.rate(outcome):.1f} %" for outcome in shown),
-                f"{found.blocks_each:.1f}",
-                f"{found.blocks_each * each:.0f}",
+                str(played.comparisons),
+                *(f"{100 * played.rate(outcome):.1f} %" for outcome in _SHOWN),
+                f"{played.blocks_each:.1f}",
+                f"{played.blocks_each * each:.0f}",
             )
         )
     lines = columns(rows)
-    for (workload, metric), pairs in sorted(power.items()):
+    for (case, name), pairs in sorted(power.items()):
         smallest = smallest_detectable(pairs, _POWER)
         told = "none of those measured" if smallest is None else f"{100 * smallest:.1f} %"
         lines.append(
-            f"{workload} {metric}: smallest slowdown flagged {100 * _POWER:g} % of the time: {told}"
+            f"{case} {name}: smallest slowdown flagged {100 * _POWER:g} % of the time: {told}"
         )
     return lines
 

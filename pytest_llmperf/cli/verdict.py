@@ -113,7 +113,7 @@ def again(verdict: Verdict) -> Outcome:
     metric: Metric = replace(METRICS[verdict.metric], slack=verdict.slack)
     evidence: Evidence = verdict.evidence
     if verdict.mode == "none":
-        if verdict.outcome is Outcome.INCOMPARABLE:
+        if verdict.outcome is Outcome.INCOMPARABLE and "disturbed" not in evidence:
             return incomparable(metric, evidence["differences"]).outcome
         return verdict.outcome
     if "unusable" in evidence:

@@ -6,15 +6,18 @@ uses, so that the rates are those of independent runs.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pytest_llmperf.judge._common import odd_ones, sign
+from pytest_llmperf.judge.priors import calibrated
 from pytest_llmperf.judge.sequential import Plan
 from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
-from pytest_llmperf.judge.statistics import Prior, block_effect
+from pytest_llmperf.judge.statistics import Prior, block_effect, log_means
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import Metric
 
@@ -84,7 +87,7 @@ class Replay:
 
 def replay(
     metric: Metric,
-    blocks: Iterable[Block],
+    blocks: Iterable[Block | None],
     *,
     tolerance: float,
     prior: Prior | None = None,
@@ -97,28 +100,139 @@ def replay(
 
     Args:
         metric: What was measured.
-        blocks: Real ones, all of the same true effect.
+        blocks: Real ones, all of the same true effect; None for one that stayed disturbed, which
+            ends its comparison as INCOMPARABLE.
         tolerance: Relative change for the worse that is allowed.
         prior: As for :func:`~pytest_llmperf.judge.side_by_side.decide_side_by_side`.
         plan: Likewise.
     """
     outcomes: Counter[Outcome] = Counter()
     used = 0
+    for outcome, taken in _comparisons(metric, blocks, tolerance, prior, plan):
+        outcomes[outcome] += 1
+        used += taken
+    return Replay(sum(outcomes.values()), dict(outcomes), used)
+
+
+def _comparisons(
+    metric: Metric,
+    blocks: Iterable[Block | None],
+    tolerance: float,
+    prior: Prior | None,
+    plan: Plan,
+) -> Iterator[tuple[Outcome, int]]:
+    """Outcome and number of blocks of each comparison that the blocks give."""
     screen: list[Block] = []
     confirm: list[Block] = []
+    wants: str | None = "screen"
     for block in blocks:
-        wants = decide_side_by_side(
-            metric, screen, confirm, tolerance=tolerance, prior=prior, plan=plan
-        ).wants
-        (confirm if wants == "confirm" else screen).append(block)
-        decision = decide_side_by_side(
-            metric, screen, confirm, tolerance=tolerance, prior=prior, plan=plan
-        )
-        if decision.wants is None:
-            outcomes[decision.verdict.outcome] += 1
-            used += len(screen) + len(confirm)
-            screen, confirm = [], []
-    return Replay(sum(outcomes.values()), dict(outcomes), used)
+        outcome: Outcome | None = Outcome.INCOMPARABLE
+        if block is not None:
+            (confirm if wants == "confirm" else screen).append(block)
+            decision = decide_side_by_side(
+                metric, screen, confirm, tolerance=tolerance, prior=prior, plan=plan
+            )
+            wants = decision.wants
+            outcome = decision.verdict.outcome if wants is None else None
+        if outcome is not None:
+            yield outcome, len(screen) + len(confirm) + (block is None)
+            screen, confirm, wants = [], [], "screen"
+
+
+def resample(
+    metric: Metric,
+    blocks: Sequence[Block | None],
+    *,
+    runs: int,
+    seed: int,
+    tolerance: float,
+    prior: Prior | None = None,
+    plan: Plan = DEFAULT_PLAN,
+) -> Replay:
+    """Run comparisons each of which draws its blocks anew, none of them twice.
+
+    More comparisons than the blocks would give in a row, but not independent ones: how far the
+    rates can be off is set by the number of blocks, not of runs.
+
+    Args:
+        metric: What was measured.
+        blocks: As for ``replay``.
+        runs: Comparisons.
+        seed: Seed of the draws.
+        tolerance: As for ``replay``.
+        prior: Likewise.
+        plan: Likewise.
+
+    Raises:
+        ValueError: Fewer blocks than one comparison may want.
+    """
+    if len(blocks) < plan.most_units:
+        raise ValueError(f"resampling needs {plan.most_units} blocks at least, got {len(blocks)}")
+    rng = random.Random(seed)  # noqa: S311 - a draw, not a key
+    outcomes: Counter[Outcome] = Counter()
+    used = 0
+    for _ in range(runs):
+        drawn = rng.sample(blocks, plan.most_units)
+        outcome, taken = next(_comparisons(metric, drawn, tolerance, prior, plan))
+        outcomes[outcome] += 1
+        used += taken
+    return Replay(runs, dict(outcomes), used)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How blocks and launches of equal builds scatter, for one config and workload.
+
+    Attributes:
+        block: Variance of the blocks' log effects.
+        launch: Variance of the launches' log values, drift of the machine included.
+        df: Degrees of freedom of either.
+    """
+
+    block: float
+    launch: float
+    df: float
+
+
+def spread(metric: Metric, blocks: Sequence[Block], *, alpha: float = 1e-3) -> Spread:
+    """Return the scatter of equal builds, without what is far off the others.
+
+    Args:
+        metric: What was measured.
+        blocks: Of a build against itself, three at least.
+        alpha: Probability of setting aside what is like the others.
+
+    Raises:
+        ValueError: If there are fewer than three blocks.
+    """
+    if len(blocks) < 3:  # noqa: PLR2004 - one may be set aside
+        raise ValueError("a spread needs three blocks at least")
+    effects = [sign(metric) * block_effect(b.base, b.new, paired=b.paired) for b in blocks]
+    odd = odd_ones(effects, None, alpha)
+    kept = [block for i, block in enumerate(blocks) if i not in odd]
+    sides = [log_means([side(block) for block in kept]) for side in (_base, _new)]
+    return Spread(
+        block=float(np.var([e for i, e in enumerate(effects) if i not in odd], ddof=1)),
+        launch=float(np.mean([np.var(values, ddof=1) for values in sides])),
+        df=float(len(kept) - 1),
+    )
+
+
+def _base(block: Block) -> tuple[float, ...]:
+    return block.base
+
+
+def _new(block: Block) -> tuple[float, ...]:
+    return block.new
+
+
+def priors_of(spreads: Sequence[Spread]) -> tuple[Prior, Prior]:
+    """The priors of a block's and of a launch's value, from every config and workload measured."""
+    dfs = [one.df for one in spreads]
+    return (
+        calibrated([one.block for one in spreads], dfs),
+        calibrated([one.launch for one in spreads], dfs),
+    )
 
 
 def smallest_detectable(power: Sequence[tuple[float, float]], wanted: float) -> float | None:

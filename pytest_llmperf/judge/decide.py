@@ -160,6 +160,20 @@ def incomparable(metric: Metric, differences: Sequence[str]) -> Verdict:
     return _nothing(metric, Outcome.INCOMPARABLE, reason, {"differences": list(differences)})
 
 
+def disturbed(metric: Metric, what: str) -> Verdict:
+    """The verdict where the machine was not fit to measure on, however often it was tried.
+
+    Args:
+        metric: What was to be measured.
+        what: What disturbed it, in words.
+    """
+    reason = (
+        f"{metric.name} cannot be compared: {what}, in every one of several tries: measure on a "
+        "quiet machine, or raise `llmperf_foreign_load` in the ini file to allow it"
+    )
+    return _nothing(metric, Outcome.INCOMPARABLE, reason, {"disturbed": what})
+
+
 def missing(metric: Metric, reason: str) -> Verdict:
     """The verdict where there is no baseline; ``reason`` gives the command that mends it."""
     return _nothing(metric, Outcome.MISSING, reason, {})

@@ -56,8 +56,8 @@ EARLIER = -1.5
 ODD_SHARE = 0.05
 
 IMPROVED_UNTIL = 8
-"""Units up to which a build that was shown to be within the tolerance is measured on, where it looks
-better by more than that: IMPROVED says more than PASS, but is not worth the whole budget."""
+"""Units up to which a build that was shown to be within the tolerance is measured on, where it
+looks better by more than that: IMPROVED says more than PASS, but is not worth the whole budget."""
 
 _SHARED_ALPHA_LIMIT = 0.5
 

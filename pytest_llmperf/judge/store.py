@@ -52,6 +52,7 @@ __all__ = [
     "load",
     "lock_path",
     "newest",
+    "oldest",
     "parse",
     "stale",
     "update",
@@ -250,6 +251,23 @@ def newest(folder: Path, machine_key: str) -> str | None:
     Raises:
         BaselineError: ``machine_key`` or one of the machine's files is not valid.
     """
+    ranked = _ranked(folder, machine_key)
+    return max(ranked)[2] if ranked else None
+
+
+def oldest(folder: Path, machine_key: str) -> str | None:
+    """The label recorded for a machine with the lowest known build number, then the earliest date.
+
+    Raises:
+        BaselineError: ``machine_key`` or one of the machine's files is not valid.
+    """
+    ranked = _ranked(folder, machine_key)
+    # A number that nobody knows is no sign of age.
+    return min([one for one in ranked if one[0] >= 0] or ranked)[2] if ranked else None
+
+
+def _ranked(folder: Path, machine_key: str) -> list[tuple[int, str, str]]:
+    """Build number (-1 where not known), date and label of all that was recorded for a machine."""
     validate_label(machine_key)
     ranked = []
     for path in _files(folder):
@@ -257,7 +275,7 @@ def newest(folder: Path, machine_key: str) -> str | None:
             baseline = load(path)
             number = -1 if baseline.number is None else baseline.number
             ranked.append((number, str(baseline.recorded["at"]), path.parent.name))
-    return max(ranked)[2] if ranked else None
+    return ranked
 
 
 def _files(folder: Path) -> Iterator[Path]:

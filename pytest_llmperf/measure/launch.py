@@ -50,6 +50,8 @@ class Launch:
         requests: Requests answered, warm-ups included.
         digests: Workload name to the digest of its token ids.
         model: Name of the model file, as the server tells it.
+        disturbed: What made its timings those of the machine rather than the build; ``""`` if
+            nothing did.
     """
 
     build: str
@@ -63,6 +65,7 @@ class Launch:
     requests: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     model: str = ""
+    disturbed: str = ""
 
 
 class Session:

@@ -12,7 +12,7 @@ import jinja2
 from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.store import write_atomic
 from pytest_llmperf.report.result import Result
-from pytest_llmperf.report.wording import HEADER, row
+from pytest_llmperf.report.wording import HEADER, row, run_bound
 
 SCHEMA = 1
 """Version of ``results.json``."""
@@ -21,8 +21,9 @@ SCHEMA = 1
 def write_report(folder: Path, results: Sequence[Result]) -> Path:
     """Write both files and return the page's path.
 
-    ``results.json`` is ``{"schema": 1, "results": [...]}``, each result with its verdicts, their
-    evidence and the samples of every launch of the build under test.
+    ``results.json`` is ``{"schema": 1, "false_regression_bound": P, "results": [...]}``: the bound
+    of the whole run, and each result with its verdicts, their evidence and the samples of every
+    launch of the build under test.
 
     Args:
         folder: Made if it is not there.
@@ -32,7 +33,11 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
         UserError: If the folder cannot be written.
     """
     try:
-        data = {"schema": SCHEMA, "results": [json.loads(result.dumps()) for result in results]}
+        data = {
+            "schema": SCHEMA,
+            "false_regression_bound": run_bound(results),
+            "results": [json.loads(result.dumps()) for result in results],
+        }
         write_atomic(folder / "results.json", json.dumps(data, indent=2, sort_keys=True) + "\n")
         page = folder / "index.html"
         write_atomic(page, _render(results))

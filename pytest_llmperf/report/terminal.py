@@ -12,7 +12,7 @@ from pytest_llmperf.judge.store import Change
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result
-from pytest_llmperf.report.wording import HEADER, columns, figure, row
+from pytest_llmperf.report.wording import HEADER, columns, figure, row, run_bound, since_oldest
 
 _COLOUR = {
     Outcome.PASS: {"green": True},
@@ -64,18 +64,7 @@ def summarize(
     for text, (_, verdict) in zip(table, lines, strict=True):
         reporter.write_line(text, **_COLOUR.get(verdict.outcome, _FAILED))
     _sides(reporter, results)
-    outcomes = [verdict.outcome for _, verdict in lines]
-    counts = ", ".join(
-        f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome if outcome in outcomes
-    )
-    reporter.write_line(f"verdicts: {counts}")
-    for result in results:
-        for verdict in result.verdicts:
-            if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
-                reporter.write_line(
-                    f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}",
-                    yellow=True,
-                )
+    _closing(reporter, results, strict=strict)
     for one in written:
         for change in one.changes:
             unit = METRICS[change.metric].unit
@@ -104,3 +93,25 @@ def _sides(reporter: pytest.TerminalReporter, results: Sequence[Result]) -> None
         reporter.write_line(text)
     for machine in dict.fromkeys(result.machine for result in results):
         reporter.write_line(f"machine: {machine}")
+
+
+def _closing(reporter: pytest.TerminalReporter, results: Sequence[Result], *, strict: bool) -> None:
+    outcomes = [verdict.outcome for result in results for verdict in result.verdicts]
+    counts = ", ".join(
+        f"{outcomes.count(outcome)} {outcome.value}" for outcome in Outcome if outcome in outcomes
+    )
+    reporter.write_line(f"verdicts: {counts}")
+    if (bound := run_bound(results)) is not None:
+        reporter.write_line(
+            f"chance of a false REGRESSION in this run: {100 * bound:.2g} % at most, the sum over "
+            "its verdicts, each judged by itself"
+        )
+    for text, drifted in since_oldest(results):
+        reporter.write_line(text, yellow=drifted)
+    for result in results:
+        for verdict in result.verdicts:
+            if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
+                reporter.write_line(
+                    f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}",
+                    yellow=True,
+                )

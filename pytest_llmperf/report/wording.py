@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
@@ -31,6 +31,43 @@ def interval(verdict: Verdict) -> str:
         return "-"
     low, high = verdict.interval
     return f"{percent(low)} … {percent(high)}"
+
+
+def run_bound(results: Sequence[Result]) -> float | None:
+    """Return the bound of the chance that any verdict of a run is a false REGRESSION.
+
+    Each verdict is judged by itself and has a bound of its own, so the run's is their sum at most,
+    however they depend on each other and whatever else was selected.
+
+    Returns:
+        None where no verdict rests on statistics.
+    """
+    bounds = [
+        bound
+        for result in results
+        for verdict in result.verdicts
+        if isinstance(bound := verdict.evidence.get("false_regression_bound"), float)
+    ]
+    return min(sum(bounds), 1.0) if bounds else None
+
+
+def since_oldest(results: Sequence[Result]) -> list[tuple[str, bool]]:
+    """Return lines on the change since the oldest baseline, and whether it is beyond tolerance."""
+    lines = []
+    for result in results:
+        for verdict in result.verdicts:
+            told = verdict.evidence.get("oldest")
+            if not isinstance(told, Mapping):
+                continue
+            change = float(told["change"])
+            worse = -change if METRICS[verdict.metric].better == "higher" else change
+            newest = "-" if verdict.change is None else percent(verdict.change)
+            text = (
+                f"since {told['label']}, the oldest baseline: {result.case} {verdict.metric} "
+                f"{percent(change)} (against the one compared with {newest})"
+            )
+            lines.append((text, worse > verdict.tolerance))
+    return lines
 
 
 def row(result: Result, verdict: Verdict) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ def project(
         llmperf_launches = 2
         llmperf_pairs = 2
         llmperf_machine = test-machine
+        llmperf_foreign_load = off
         """
     )
     project = Project(pytester)

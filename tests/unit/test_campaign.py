@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign import Campaign
 from pytest_llmperf.errors import BuildError, RunError, ServerError
+from pytest_llmperf.measure.host import Load
 from pytest_llmperf.plan.config import LAUNCH, Config, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan, Server, start
 
@@ -69,6 +71,7 @@ class Lab:
         hang: float = PATIENCE,
         progress: Callable[[str], None] | None = None,
         coin: random.Random | None = None,
+        foreign_load: float = math.inf,
     ) -> Campaign:
         """Return a campaign; ``new`` and ``base`` are the faults of the two builds."""
         return Campaign(
@@ -86,6 +89,7 @@ class Lab:
             pairs=pairs,
             lock=self.folder / "locks" / "lock",
             rng=coin or random.Random(7),  # noqa: S311 - a coin, not a key
+            foreign_load=foreign_load,
         )
 
     def starts(self, number: int) -> int:
@@ -409,3 +413,57 @@ def test_a_running_server_needs_no_room(lab: Lab, monkeypatch: pytest.MonkeyPatc
     assert not campaign._fits_twice()
     campaign.base = Build("there", 0, "unknown", "http://h:1", "", url="http://h:1")
     assert campaign._fits_twice()
+
+
+@dataclass
+class Disturbing:
+    """In place of a watch: tells of load so many times, then of none."""
+
+    times: int
+
+    def __call__(self) -> Disturbing:
+        """Begin to watch."""
+        return self
+
+    def load(self) -> Load:
+        """Return the load of this look."""
+        self.times -= 1
+        return Load(1.5 if self.times >= 0 else 0.0, "make (pid 7) 1.5 of them", 0)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_disturbed_launch_is_measured_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, *, alone: bool
+) -> None:
+    """It is named, a quiet moment is waited for, and the quiet one is kept."""
+    # Two looks: at the first measurement, and once while waiting for quiet.
+    monkeypatch.setattr(module, "Watch", Disturbing(2))
+    monkeypatch.setattr(module, "_QUIET_LOOK_S", 0.0)
+    campaign = lab.campaign((FIRST,), foreign_load=0.5)
+    unit = campaign.launch(0) if alone else campaign.block(0)
+    assert not unit.disturbed
+    assert any("is measured again: other programs kept 1.5" in said for said in lab.said)
+    assert any("waits for a quiet machine" in said for said in lab.said)
+
+
+def test_a_disturbance_that_lasts_stays_with_the_block(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a few tries the block is kept and says what disturbed it; no test tries again."""
+    monkeypatch.setattr(module, "Watch", Disturbing(10**6))
+    monkeypatch.setattr(module, "_QUIET_LOOK_S", 0.0)
+    monkeypatch.setattr(module, "_QUIET_WAIT_S", 0.01)
+    campaign = lab.campaign((FIRST,), foreign_load=0.5)
+    block = campaign.block(0)
+    assert "make (pid 7)" in block.disturbed
+    asked = len(lab.said)
+    assert campaign.block(0) is block
+    assert len(lab.said) == asked
+
+
+def test_a_wandering_launch_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one server that wander are told with workload and metric."""
+    monkeypatch.setattr(module, "unsteady", lambda values: "they drift" if values else "")
+    monkeypatch.setattr(module, "_QUIET_WAIT_S", 0.0)
+    launch = lab.campaign((FIRST,)).launch(0)
+    assert launch.disturbed.endswith("decode_tps: they drift")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.settings import Settings, read_settings
+from pytest_llmperf.settings import Settings, default_foreign_load, read_settings
 
 ROOT = Path("/project")
 HERE = Path("/project/sub")
@@ -40,7 +40,7 @@ def read(
 
 
 def test_without_anything_the_defaults_hold() -> None:
-    """No baseline, no report; three launches and four pairs."""
+    """No baseline, no report; three launches and three pairs."""
     assert read() == Settings(
         baseline=None,
         update=False,
@@ -56,7 +56,8 @@ def test_without_anything_the_defaults_hold() -> None:
         root=ROOT,
         tolerances={},
         launches=3,
-        pairs=4,
+        pairs=3,
+        foreign_load=default_foreign_load(),
     )
 
 
@@ -170,6 +171,7 @@ def test_every_tolerance_comes_through(tolerances: dict[str, float]) -> None:
         ({}, {"budget": "long"}, "ini llmperf_budget: 'long' is no number"),
         ({}, {"launches": "0"}, "ini llmperf_launches: 0 must be a finite number of at least 1"),
         ({}, {"launches": "2.5"}, "ini llmperf_launches: 2.5 must be a whole number"),
+        ({}, {"foreign_load": "much"}, "ini llmperf_foreign_load: 'much' is no number"),
         ({}, {"pairs": "many"}, "ini llmperf_pairs: 'many' is no number"),
         (
             {},
@@ -201,3 +203,9 @@ def test_a_mistake_names_the_option_and_the_mend(
         read(options, ini)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "cores"), [("1.5", 1.5), ("0", 0.0), ("off", float("inf"))])
+def test_foreign_load(given: str, cores: float) -> None:
+    """Cores that others may keep busy, or no look at them at all."""
+    assert read(ini={"foreign_load": given}).foreign_load == cores

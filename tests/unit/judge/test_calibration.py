@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmperf.judge.calibration import noise, replay, smallest_detectable
+from pytest_llmperf.judge.calibration import (
+    noise,
+    priors_of,
+    replay,
+    resample,
+    smallest_detectable,
+    spread,
+)
 from pytest_llmperf.judge.side_by_side import Block
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
@@ -74,3 +81,35 @@ def test_smallest_detectable_is_one_that_was_measured(power: list[tuple[float, f
     found = smallest_detectable(power, 0.9)
     assert found is None or (found, 1) <= (1, 1)
     assert found is None or found in [slowdown for slowdown, share in power if share >= 0.9]
+
+
+def test_a_disturbed_block_ends_its_comparison() -> None:
+    """As in a gate: INCOMPARABLE, and the next comparison begins after it."""
+    made = blocks(1.0, 6)
+    found = replay(SPEED, [made[0], None, *made[1:5]], tolerance=0.05)
+    assert found.outcomes[Outcome.INCOMPARABLE] == 1
+    assert found.outcomes[Outcome.PASS] >= 1
+
+
+def test_resampling_draws_as_many_as_asked_for() -> None:
+    """The rates are those of the replay, the runs as many as wanted, the same for one seed."""
+    made = blocks(0.65, 40)
+    found = resample(SPEED, made, runs=25, seed=3, tolerance=0.05)
+    assert (found.comparisons, found.rate(Outcome.REGRESSION)) == (25, 1.0)
+    assert found == resample(SPEED, made, runs=25, seed=3, tolerance=0.05)
+    with pytest.raises(ValueError, match="resampling needs 36 blocks at least, got 7"):
+        resample(SPEED, made[:7], runs=1, seed=3, tolerance=0.05)
+
+
+def test_spread_of_equal_builds() -> None:
+    """The variance of effects and launches, one wild block left out."""
+    made = [*blocks(1.0, 200, sd=0.02), *blocks(0.4, 1)]
+    found = spread(SPEED, made)
+    assert found.block == pytest.approx(0.02**2, rel=0.3)
+    assert found.launch == pytest.approx(0.02**2 / 2, rel=0.3)
+    assert found.df == 199
+    with pytest.raises(ValueError, match="three blocks"):
+        spread(SPEED, made[:2])
+    block, launch = priors_of([found, found])
+    assert block.s0 == pytest.approx(0.02, rel=0.2)
+    assert launch.s0 < block.s0

@@ -24,6 +24,7 @@ from pytest_llmperf.judge.store import (
     load,
     lock_path,
     newest,
+    oldest,
     parse,
     stale,
     update,
@@ -442,6 +443,8 @@ def test_labels_and_the_newest(tmp_path: Path) -> None:
     assert newest(tmp_path, "other") == "b11"
     assert newest(tmp_path, "third") is None
     assert newest(tmp_path / "none", "m") is None
+    assert oldest(tmp_path, "m") == "b9"
+    assert oldest(tmp_path, "third") is None
     assert labels(tmp_path / "none") == []
 
 

@@ -20,6 +20,8 @@ from pytest_llmperf.report.wording import (
     interval,
     percent,
     row,
+    run_bound,
+    since_oldest,
 )
 
 
@@ -190,3 +192,28 @@ def test_every_verdict_has_words(
         replace(result, verdicts=(one,)), strict=True
     )
     assert explained is outcome.fails(strict=True)
+
+
+def test_the_bound_of_a_run_is_the_sum(result: Result, verdict: Verdict) -> None:
+    """Each verdict adds its own, never more than certainty; without statistics there is none."""
+    one = replace(verdict, evidence={"false_regression_bound": 0.001})
+    two = replace(verdict, evidence={"false_regression_bound": 0.005})
+    assert run_bound([replace(result, verdicts=(one, two, verdict))]) == pytest.approx(0.006)
+    sure = replace(verdict, evidence={"false_regression_bound": 0.4})
+    assert run_bound([replace(result, verdicts=(sure,) * 3)]) == 1.0
+    assert run_bound([result]) is None
+
+
+def test_a_drift_since_the_oldest_baseline_is_told(result: Result, verdict: Verdict) -> None:
+    """Beside the change against the one compared with; beyond the tolerance it stands out."""
+    told = [
+        replace(verdict, evidence={"oldest": {"label": "b7000", "value": 80.0, "change": change}})
+        for change in (-0.23, -0.01)
+    ]
+    (drifted, one), (steady, two) = since_oldest([replace(result, verdicts=(*told, verdict))])
+    assert (one, two) == (True, False)
+    assert drifted == (
+        "since b7000, the oldest baseline: c7/short decode_tps -23.0 % (against the one compared "
+        "with -12.0 %)"
+    )
+    assert "-1.0 %" in steady
