@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,13 +155,14 @@ class Campaign:
             self.lock.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0.05)
         except Timeout:
-            self.serve.progress("waiting for another run on this machine to finish measuring")
+            self.serve.progress(f"waiting for {_holder(self.lock)} to finish measuring")
             lock.acquire()
         except OSError as error:
             raise RunError(
                 f"cannot lock {self.lock}: {error.strerror}; set LLMPERF_CACHE"
             ) from error
         try:
+            _sign(self.lock)
             yield
         except LlmperfError as error:
             # Not to be tried again by every test of this config.
@@ -333,6 +335,21 @@ class Campaign:
             return True
         free = free_mib()
         return bool(free) and min(free.values()) > 2 * need
+
+
+def _sign(lock: Path) -> None:
+    """Say beside the lock who holds it; the lock itself is the kernel's."""
+    with contextlib.suppress(OSError):
+        lock.with_suffix(".holder").write_text(f"{os.getpid()} {Path.cwd()}", "utf-8")
+
+
+def _holder(lock: Path) -> str:
+    """Return who holds the lock, in words."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, _, folder = lock.with_suffix(".holder").read_text("utf-8").partition(" ")
+        if psutil.pid_exists(int(pid)):
+            return f"another run on this machine (pid {pid}, in {folder})"
+    return "another run on this machine"
 
 
 def _wandering(launch: Launch) -> str:

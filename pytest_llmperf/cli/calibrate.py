@@ -145,6 +145,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=200, help="comparisons drawn from the blocks (200)"
     )
     parser.add_argument(
+        "--foreign-load",
+        type=_cores,
+        default=default_foreign_load(),
+        metavar="CORES",
+        help="cores that other programs may keep busy, or `off` "
+        f"(a tenth of all, half a core at least: {default_foreign_load():g})",
+    )
+    parser.add_argument(
         "--replay-only", action="store_true", help="measure nothing, judge the blocks that are kept"
     )
 
@@ -154,6 +162,15 @@ def _shares(text: str) -> tuple[float, ...]:
     if not all(0 <= value < 1 for value in values):
         raise argparse.ArgumentTypeError("fractions from 0 to below 1, separated by commas")
     return values
+
+
+def _cores(text: str) -> float:
+    if text == "off":
+        return math.inf
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError("cores, 0 at least, or `off`")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -231,7 +248,7 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
             pairs=arguments.pairs,
             lock=cache / "locks" / "measuring.lock",
             rng=random.Random(f"{time.time_ns()}:{level}"),  # noqa: S311 - a coin, not a key
-            foreign_load=default_foreign_load(),
+            foreign_load=arguments.foreign_load,
         )
         for level in arguments.slowdowns
     }

@@ -36,6 +36,10 @@ from pytest_llmperf.judge.statistics import (
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 
+UNEVEN = 1.25
+"""Factor between recorded launches of equal builds above which a record is of little use: half of
+it on either side of the mean is twice the tolerance of most metrics."""
+
 # Baselines keep six significant digits; half a unit of the last one.
 _ROUNDING = 5e-6
 
@@ -191,10 +195,20 @@ def recorded(metric: Metric, new: Launches) -> Verdict:
         metric: What was measured.
         new: Samples of each recorded launch, in the metric's unit.
     """
-    value = median(median(launch) for launch in new) if new and all(new) else None
+    middles = [median(launch) for launch in new] if all(new) else []
+    value = median(middles) if middles else None
     draft = Draft(metric, "none", metric.tolerance, [], new, new=value)
     reason = f"{metric.name} recorded from {plural(len(new), 'launch')}, nothing compared"
-    return draft.verdict(Outcome.RECORDED, reason, {"mode": "none"})
+    evidence: dict[str, object] = {"mode": "none"}
+    if metric.kind == "timing" and middles and min(middles) > 0:
+        ratio = max(middles) / min(middles)
+        if ratio > UNEVEN:
+            evidence["uneven"] = ratio
+            reason += (
+                f"; its launches differ by a factor of {ratio:.2f}, so the machine was not steady: "
+                "record again, or later comparisons will be INCONCLUSIVE"
+            )
+    return draft.verdict(Outcome.RECORDED, reason, evidence)
 
 
 def _nothing(metric: Metric, outcome: Outcome, reason: str, evidence: dict[str, object]) -> Verdict:

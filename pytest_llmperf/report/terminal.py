@@ -110,6 +110,8 @@ def _closing(reporter: pytest.TerminalReporter, results: Sequence[Result], *, st
         reporter.write_line(text, yellow=drifted)
     for result in results:
         for verdict in result.verdicts:
+            if "uneven" in verdict.evidence:
+                reporter.write_line(f"warning: {result.case}: {verdict.reason}", yellow=True)
             if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
                 reporter.write_line(
                     f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}",

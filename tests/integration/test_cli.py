@@ -52,6 +52,7 @@ def test_calibrate_measures_and_replays(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "suite.toml").write_text(SUITE, "utf-8")
     common = ["calibrate", "--suite=suite.toml", "--config=one", "--workload=w", "--build=embedded"]
+    common.append("--foreign-load=off")
     asked = [*common, "--blocks=2", "--pairs=2", "--slowdowns=0,0.5", "--tolerance=0.05"]
     assert main(asked) == 0
     measured = capsys.readouterr().out
@@ -60,3 +61,40 @@ def test_calibrate_measures_and_replays(
     assert main([*asked, "--replay-only"]) == 0
     assert capsys.readouterr().out == measured
     assert "tolerance 5 %" in measured
+
+
+def test_calibration_is_used_by_later_runs(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The noise of equal builds is kept for the machine, and the next run judges with it."""
+    monkeypatch.setenv("LLMPERF_MACHINE", "test-machine")
+    monkeypatch.chdir(project.path)
+    before = project.run("--baseline=embedded", "-k", "decode")
+    assert "noise not calibrated" in before.text
+    options = ["--config=one", "--workload=w", "--build=embedded", "--foreign-load=off"]
+    counts = ["--blocks=10", "--slowdowns=0", "--pairs=1", "--runs=3", "--tolerance=0.5"]
+    assert main(["calibrate", *options, *counts]) == 0
+    out = capsys.readouterr().out
+    [line] = [one for one in out.splitlines() if one.startswith("priors kept")]
+    path = Path(line.partition(": ")[2])
+    try:
+        kept = json.loads(path.read_text("utf-8"))["blocks"]["decode_tps"]
+        after = project.run("--baseline=embedded", "-k", "decode")
+        assert "noise calibrated" in after.text
+        [result] = after.results
+        assert result["verdicts"][0]["evidence"]["prior"] == kept
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--foreign-load=-1", "--foreign-load=much", "--slowdowns=1", "--runs=few"]
+)
+def test_calibrate_refuses_what_it_cannot_do(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A usage error that names the option; nothing is measured."""
+    with pytest.raises(SystemExit) as caught:
+        main(["calibrate", wrong])
+    assert caught.value.code == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from support.project import Project
 
@@ -111,3 +112,58 @@ def test_broken_file_is_a_usage_error(project: Project) -> None:
     assert done.code == 4
     assert "test-machine.json" in done.text
     assert "schema" in done.text
+
+
+def _as_if_faster(project: Project, factor: float) -> dict[str, Any]:
+    """Change the recorded speeds as a machine so much faster would have made them."""
+    [path] = project.baseline_files()
+    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    entry = data["results"]["one/w"]["decode_tps"]
+    entry["launches"] = [[factor * value for value in launch] for launch in entry["launches"]]
+    entry["value"] *= factor
+    path.write_text(json.dumps(data), "utf-8")
+    return data
+
+
+def _record(project: Project) -> None:
+    project.run("--update-baselines", "-k", "decode", "-o", "llmperf_launches=4")
+
+
+def test_machine_that_has_become_slower_is_no_regression(project: Project) -> None:
+    """A stored REGRESSION is tried side by side with the recorded build, which is as slow today."""
+    _record(project)
+    _as_if_faster(project, 4)
+    done = project.run("--baseline=b11549", "-k", "decode")
+    [result] = done.results
+    [verdict] = result["verdicts"]
+    assert verdict["outcome"] != "REGRESSION", done.text
+    assert verdict["mode"] == "side-by-side"
+    assert verdict["evidence"]["stored"]["outcome"] == "REGRESSION"
+    assert "against the recorded launches decode_tps is 7" in verdict["reason"]
+
+
+def test_stored_regression_stands_where_its_build_is_gone(project: Project) -> None:
+    """Another build than the recorded one proves nothing about it, and the reason says so."""
+    _record(project)
+    data = _as_if_faster(project, 4)
+    data["build"]["sha256"] = "0" * 64
+    [path] = project.baseline_files()
+    path.write_text(json.dumps(data), "utf-8")
+    done = project.run("--baseline=b11549", "-k", "decode")
+    assert done.code == 1
+    assert done.verdicts() == {"one/w decode_tps": "REGRESSION"}
+    assert "Not confirmed side by side" in done.text
+    assert "is not the build that was recorded as b11549" in done.text
+
+
+def test_oldest_set_is_shown_beside_the_newest(project: Project) -> None:
+    """What the newest baseline has already given away shows against the oldest."""
+    _record(project)
+    data = _as_if_faster(project, 1.5)
+    _as_if_faster(project, 1 / 1.5)
+    data["build"] |= {"label": "b9000", "number": 9000}
+    project.write("baselines/b9000/test-machine.json", json.dumps(data))
+    done = project.run("-k", "decode")
+    assert "baseline b11549" in done.text
+    assert "since b9000, the oldest baseline: one/w decode_tps -" in done.text
+    assert "chance of a false REGRESSION in this run: 0.5 % at most" in done.text

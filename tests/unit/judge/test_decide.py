@@ -135,3 +135,14 @@ def test_verdicts_without_comparison() -> None:
     assert made[1][0].reason == "record it"
     done = recorded(DECODE, [[1.0, 2.0, 3.0], [4.0]])
     assert (done.outcome, done.new, done.launches_new) == (Outcome.RECORDED, 3.0, 2)
+
+
+def test_a_record_of_uneven_launches_says_so() -> None:
+    """Launches that differ by more than a quarter make a baseline that tells little."""
+    uneven = recorded(DECODE, [[100.0], [101.0, 99.0], [60.0]])
+    assert uneven.outcome is Outcome.RECORDED
+    assert "differ by a factor of 1.67" in uneven.reason
+    assert uneven.evidence["uneven"] == pytest.approx(100 / 60)
+    assert "uneven" not in recorded(DECODE, [[100.0], [90.0]]).evidence
+    assert "uneven" not in recorded(VRAM, [[100.0], [900.0]]).evidence, "a size is what it is"
+    assert "uneven" not in recorded(DECODE, []).evidence

@@ -60,7 +60,7 @@ def test_results_json_holds_every_result_under_its_schema(tmp_path: Path, result
     other = replace(result, case="c8/short", base=None)
     write_report(tmp_path, [result, other])
     data = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert data.keys() == {"schema", "results"}
+    assert data.keys() == {"schema", "false_regression_bound", "results"}
     assert data["schema"] == SCHEMA == 1
     assert [Result.loads(json.dumps(one)) for one in data["results"]] == [result, other]
     assert data["results"][0].keys() == {
