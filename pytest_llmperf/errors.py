@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -80,3 +82,9 @@ class UnmeasuredError(RunError):
 
 class CheckError(RunError):
     """An answer that is not a measurement: cached, too short, truncated or of another shape."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return `` (nearest: …)`` for an error text, or nothing when nothing is near."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" (nearest: {close[0]})" if close else ""

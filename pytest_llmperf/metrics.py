@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_llmperf.errors import PlanError, nearest
+
 Better = Literal["higher", "lower"]
 Kind = Literal["timing", "memory", "exact", "quality"]
 
@@ -89,3 +91,20 @@ METRICS: dict[str, Metric] = {
         _exact("n_ctx", "tokens", "higher", 0.0, "context of one slot, as the server reports it"),
     )
 }
+
+
+def check_tolerance(metric: str, value: object) -> float:
+    """Return a relative tolerance, checked.
+
+    Raises:
+        PlanError: If there is no such metric, or the value is no fraction.
+    """
+    if metric not in METRICS:
+        raise PlanError(
+            f"no metric `{metric}`{nearest(metric, METRICS)}: there are {', '.join(METRICS)}"
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise PlanError(
+            f"`{metric}` must be a fraction from 0 to below 1 (0.05 is 5 %), not {value!r}"
+        )
+    return float(value)

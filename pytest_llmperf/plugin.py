@@ -190,7 +190,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
     from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
-    from pytest_llmperf.plan.suite import check_tolerance  # noqa: PLC0415 - only when used
+    from pytest_llmperf.metrics import check_tolerance  # noqa: PLC0415 - only when used
 
     name = metafunc.definition.nodeid
     marker = metafunc.definition.get_closest_marker("llmperf")

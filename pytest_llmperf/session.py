@@ -23,7 +23,7 @@ from pytest_llmperf.build.devices import devices_of
 from pytest_llmperf.build.resolve import default_spec, resolve
 from pytest_llmperf.build.spec import is_spec, parse_spec
 from pytest_llmperf.campaign import Campaign
-from pytest_llmperf.errors import BuildError, LlmperfError, PlanError
+from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, nearest
 from pytest_llmperf.gate import (
     Absent,
     Comparison,
@@ -45,7 +45,6 @@ from pytest_llmperf.measure.machine import machine, machine_fingerprint
 from pytest_llmperf.metrics import METRICS, Metric
 from pytest_llmperf.models.locate import check_sha256, locate, sha256
 from pytest_llmperf.plan.config import LAUNCH, Case, Config
-from pytest_llmperf.plan.options import nearest
 from pytest_llmperf.plan.suite import Suite
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start

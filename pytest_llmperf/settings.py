@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_llmperf.errors import PlanError
-from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.metrics import check_tolerance
 
 DEFAULT_SUITE = "suites/llmperf.toml"
 DEFAULT_BASELINES = "baselines"
@@ -200,16 +200,12 @@ def _tolerances(lines: Sequence[str]) -> dict[str, float]:
     found = {}
     for line in lines:
         name, _, value = (part.strip() for part in line.partition("="))
-        if name not in METRICS:
-            raise PlanError(
-                f"ini llmperf_tolerances: no metric `{name}`: there are {', '.join(METRICS)}"
-            )
         try:
-            found[name] = float(value)
+            number: object = float(value)
         except ValueError:
-            raise PlanError(
-                f"ini llmperf_tolerances: `{line}`: write {name} = 0.05 for 5 %"
-            ) from None
-        if not 0 <= found[name] < 1:
-            raise PlanError(f"ini llmperf_tolerances: `{line}`: a fraction from 0 to below 1")
+            number = value
+        try:
+            found[name] = check_tolerance(name, number)
+        except PlanError as error:
+            raise PlanError(f"ini llmperf_tolerances: `{line}`: {error}") from None
     return found

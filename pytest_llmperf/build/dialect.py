@@ -13,12 +13,11 @@ from functools import lru_cache
 
 from pytest_llmperf.build.ask import ask_program
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import BuildError
+from pytest_llmperf.errors import BuildError, nearest
 from pytest_llmperf.plan.options import (
     OptionNames,
     OptionValue,
     known_options,
-    nearest,
     parse_help,
 )
 

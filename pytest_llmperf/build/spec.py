@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pytest_llmperf.errors import BuildError
+from pytest_llmperf.errors import BuildError, nearest
 from pytest_llmperf.plan.config import BuildEntry
-from pytest_llmperf.plan.options import nearest
 
 Kind = Literal["path", "pypi", "embedded", "http"]
 

@@ -7,10 +7,9 @@ build knows an option is for its own ``--help`` to say (see ``build/dialect.py``
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -155,9 +154,3 @@ def from_env(variable: str) -> tuple[str, bool] | None:
         guess = from_flag("--" + variable.removeprefix("LLAMA_ARG_").lower().replace("_", "-"))
         return None if guess is None or guess[2] else guess[:2]
     return None if option is None else (option.long, option.takes_value)
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return `` (nearest: …)`` for an error text, or nothing when nothing is near."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f" (nearest: {close[0]})" if close else ""

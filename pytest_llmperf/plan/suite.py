@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pytest_llmperf.errors import PlanError
-from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.errors import PlanError, nearest
+from pytest_llmperf.metrics import check_tolerance
 from pytest_llmperf.plan.config import LAUNCH, BuildEntry, Case, Config, Turn, Workload
 from pytest_llmperf.plan.env_file import read_env_file
 from pytest_llmperf.plan.lines import line_of
 from pytest_llmperf.plan.model import Model, SynthSpec
-from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag, nearest
+from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -73,23 +73,6 @@ class Suite:
                 self.path,
             )
         return table[name]
-
-
-def check_tolerance(metric: str, value: object) -> float:
-    """Return a relative tolerance, checked.
-
-    Raises:
-        PlanError: If there is no such metric, or the value is no fraction.
-    """
-    if metric not in METRICS:
-        raise PlanError(
-            f"no metric `{metric}`{nearest(metric, METRICS)}: there are {', '.join(METRICS)}"
-        )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise PlanError(
-            f"`{metric}` must be a fraction from 0 to below 1 (0.05 is 5 %), not {value!r}"
-        )
-    return float(value)
 
 
 class _Reader:

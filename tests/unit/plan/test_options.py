@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_llmperf.errors import nearest
 from pytest_llmperf.plan.options import (
     OWNED,
     OptionNames,
     from_env,
     from_flag,
     known_options,
-    nearest,
     parse_help,
 )
 
