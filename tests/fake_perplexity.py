@@ -1,0 +1,66 @@
+"""Stands in for llama-perplexity where the real one cannot be made to fail on demand.
+
+It knows two options and speaks the tool's lines; ``FAULT`` in its environment says how it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+HELP = """
+-c,    --ctx-size N                     size of the prompt context
+-b,    --batch-size N                   logical batch
+-ub,   --ubatch-size N                  physical batch
+-m,    --model FNAME                    model path
+-f,    --file FNAME                     a file
+--chunks N                              max number of chunks
+--kl-divergence-base FNAME              file for the logits
+-ctk,  --cache-type-k TYPE              KV cache data type for K
+"""
+
+
+def play(fault: str, stream: BinaryIO | None) -> int:
+    """Pass four chunks, unless the fault comes in between."""
+    say = sys.stderr.write
+    say("perplexity: calculating perplexity over 4 chunks, n_ctx=512, batch_size=512\n")
+    for chunk in range(1, 5):
+        if chunk == 3 and fault in {"killed", "decode", "silent"}:
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            say("\ndecode: failed to decode, ret = -3\n" if fault == "decode" else "")
+            return 0
+        value = "nan" if (chunk, fault) == (3, "nan") else f"{8 + chunk / 8:.4f}"
+        sys.stdout.write(f"[{chunk}]{value},")
+        sys.stdout.flush()
+        if stream is not None:
+            stream.write(b"chunk" * 50_000)
+        time.sleep(1.5 if fault == "slow" else 0)
+    ends = {"final": "\nFinal estimate: PPL = nan +/- nan\n", "unsaid": ""}
+    say(ends.get(fault, "\nFinal estimate: PPL = 8.5000 +/- 0.25000\n"))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Answer for help, or play a pass."""
+    fault = os.environ.get("FAULT", "")
+    if "--help" in arguments:
+        sys.stdout.write(HELP)
+        return 0
+    if fault == "short":
+        sys.stderr.write("perplexity: you need at least 1024 tokens to evaluate perplexity\n")
+        return 0
+    if fault == "dies":
+        return 3
+    if "--kl-divergence-base" not in arguments:
+        return play(fault, None)
+    with Path(arguments[arguments.index("--kl-divergence-base") + 1]).open("wb") as stream:
+        return play(fault, stream)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
