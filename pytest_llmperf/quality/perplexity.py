@@ -152,7 +152,7 @@ def run_perplexity(
     corpus: Path,
     plan: PassPlan,
     *,
-    consume: Callable[[BinaryIO], None] | None = None,
+    consume: Callable[[BinaryIO], object] | None = None,
 ) -> Perplexity:
     """Pass a corpus through a model by the build's own tool.
 
@@ -190,9 +190,12 @@ def run_perplexity(
         finally:
             status = process.stop()
     # A stream that breaks off is the tool's failure; one that is wrong is its reader's finding.
-    if reader is not None and reader.error is not None and (status == 0 or not ended):
-        raise reader.error
+    wrong = None if reader is None else reader.error
+    if wrong is not None and not ended:
+        raise wrong
     found = _outcome(log, status)
+    if wrong is not None and not found.failure:
+        raise wrong
     return replace(
         found, command=shlex.join(command), log=str(log), seconds=time.monotonic() - began
     )
@@ -207,7 +210,7 @@ class _Reader:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, consume: Callable[[BinaryIO], None]) -> Iterator[_Reader]:
+def _reading(path: Path, consume: Callable[[BinaryIO], object]) -> Iterator[_Reader]:
     """Make a FIFO and read it in a thread until its writer is done or gone."""
     os.mkfifo(path, 0o600)
     reader = _Reader(path, Event(), Event())
