@@ -17,6 +17,7 @@ from pytest_llmperf.judge.decide import (
     compare_published,
     incomparable,
 )
+from pytest_llmperf.judge.quality import compare_chunks
 from pytest_llmperf.judge.sequential import Plan
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
@@ -191,6 +192,17 @@ def _exact(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
     )
 
 
+def _chunks(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
+    budget = evidence["budget"]
+    return compare_chunks(
+        metric,
+        evidence["base_chunks"],
+        evidence["new_chunks"],
+        tolerance=verdict.tolerance,
+        budget=None if budget is None else float(budget),
+    )
+
+
 def _published(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
     value = float(evidence["value"])
     return compare_published(
@@ -205,5 +217,6 @@ _JUDGES = {
     "side-by-side": _side_by_side,
     "stored": _stored,
     "exact": _exact,
+    "chunks": _chunks,
     "published": _published,
 }

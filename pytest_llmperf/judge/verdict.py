@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
-Mode = Literal["stored", "side-by-side", "published", "exact", "none"]
+Mode = Literal["stored", "side-by-side", "chunks", "published", "exact", "none"]
 """How the verdict was reached; ``none`` where nothing could be compared."""
 
 MODES: tuple[str, ...] = get_args(Mode)

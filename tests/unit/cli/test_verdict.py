@@ -19,6 +19,7 @@ from pytest_llmperf.judge.decide import (
     missing,
     recorded,
 )
+from pytest_llmperf.judge.quality import compare_chunks
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
 from pytest_llmperf.judge.stored import decide_stored
@@ -136,6 +137,15 @@ def test_slack() -> None:
     agrees(decide_side_by_side(VRAM, [one, one], [], tolerance=0.02).verdict)
     new = [[1050.0]] * 3
     agrees(decide_stored(VRAM, [[1000.0]] * 3, new, [], tolerance=0.02, prior=PRIOR).verdict)
+
+
+@pytest.mark.parametrize("budget", [None, 0.05, 0.5])
+@pytest.mark.parametrize("more", [0.0, 0.02, 0.005])
+def test_quality_by_chunk(more: float, budget: float | None) -> None:
+    """Divergence from a reference, with a budget and without."""
+    base = [0.1, 0.12, 0.09, 0.11, 0.1]
+    new = [v + more * (1 + v) for v in base]
+    agrees(compare_chunks(METRICS["kld_mean"], base, new, tolerance=0.1, budget=budget))
 
 
 def test_nothing_compared() -> None:
