@@ -1,6 +1,7 @@
 """Stands in for llama-perplexity where the real one cannot be made to fail on demand.
 
-It knows two options and speaks the tool's lines; ``FAULT`` in its environment says how it ends.
+It speaks the tool's lines. ``FAULT`` in its environment says how it ends, ``STREAM`` names a file
+whose bytes it writes as its log-probabilities.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ HELP = """
 """
 
 
+def _quarter(chunk: int) -> bytes:
+    given = os.environ.get("STREAM")
+    if given is None:
+        return b"chunk" * 50_000
+    data = Path(given).read_bytes()
+    size = -(-len(data) // 4)
+    return data[(chunk - 1) * size : chunk * size]
+
+
 def play(fault: str, stream: BinaryIO | None) -> int:
     """Pass four chunks, unless the fault comes in between."""
     say = sys.stderr.write
@@ -38,7 +48,7 @@ def play(fault: str, stream: BinaryIO | None) -> int:
         sys.stdout.write(f"[{chunk}]{value},")
         sys.stdout.flush()
         if stream is not None:
-            stream.write(b"chunk" * 50_000)
+            stream.write(_quarter(chunk))
         time.sleep(1.5 if fault == "slow" else 0)
     ends = {"final": "\nFinal estimate: PPL = nan +/- nan\n", "unsaid": ""}
     say(ends.get(fault, "\nFinal estimate: PPL = 8.5000 +/- 0.25000\n"))

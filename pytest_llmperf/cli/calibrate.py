@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import platformdirs
 
@@ -145,6 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=200, help="comparisons drawn from the blocks (200)"
     )
     parser.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="judge as a machine that was never calibrated would",
+    )
+    parser.add_argument(
         "--foreign-load",
         type=_cores,
         default=default_foreign_load(),
@@ -186,7 +192,8 @@ def run(arguments: argparse.Namespace) -> int:
         kept = measure(arguments, kept, cache)
     # The blocks of a replay may come from another machine: their noise is not this one's.
     found = priors(kept)
-    lines = report(kept, arguments.tolerance, found, arguments.runs)
+    judged = Priors() if arguments.uncalibrated else found
+    lines = report(kept, arguments.tolerance, judged, arguments.runs)
     if not arguments.replay_only and found.blocks:
         path = path_of(cache, key)
         save(path, found, machine=key, at=time.strftime("%Y-%m-%d"))
@@ -383,7 +390,8 @@ def _outcomes(
             if runs
             else replay(metric, blocks, tolerance=tolerance, prior=prior)
         )
-        each = sum(one.seconds for one in group) / len(group)
+        # The median: some blocks waited for another run that measured.
+        each = median(one.seconds for one in group)
         worse = -effect if metric.better == "higher" else effect
         power.setdefault((case, name), []).append((worse, played.rate(Outcome.REGRESSION)))
         rows.append(

@@ -1,4 +1,4 @@
-"""A small working vocabulary, learnt from the shipped text.
+"""A small working vocabulary, learnt from the shipped text or from another.
 
 Byte-pair encoding (Sennrich et al. 2016, section 3.2) in the form that llama.cpp calls ``llama``
 and SentencePiece calls BPE: a piece's score is minus the rank of the merge that made it, and an
@@ -68,13 +68,26 @@ def vocabulary(size: int) -> Vocabulary:
     Raises:
         ValueError: If the control tokens, bytes and characters alone are more than `size`.
     """
-    characters = sorted(_ASCII | {_SPACE} | set(text()) - set(" \n"))
+    return learn(text(), size)
+
+
+def learn(sample: str, size: int) -> Vocabulary:
+    """Return a vocabulary of exactly `size` tokens, its pieces learnt from `sample`.
+
+    Args:
+        sample: Text. Every character in it becomes a token, whatever becomes of the merges.
+        size: Number of tokens; what `sample` does not fill is unused.
+
+    Raises:
+        ValueError: If the control tokens, bytes and characters alone are more than `size`.
+    """
+    characters = sorted(_ASCII | {_SPACE} | set(sample) - set(" \n"))
     fixed = [*_CONTROL, *((f"<0x{byte:02X}>", BYTE) for byte in range(256))]
     fixed += [(token, CONTROL) for token in _CHAT]
     room = size - len(fixed) - len(characters)
     if room < 0:
         raise ValueError(f"a vocabulary has at least {size - room} tokens, not {size}")
-    merged = _merges(text(), room)
+    merged = _merges(sample, room)
     entries = [(token, 0.0, kind) for token, kind in fixed]
     entries += [(piece, -float(rank), NORMAL) for rank, piece in enumerate(merged, 1)]
     entries += [(character, -float(len(merged) + 1), NORMAL) for character in characters]

@@ -4,6 +4,10 @@ The tool ends with exit code 0 on almost everything that goes wrong: too little 
 decode, numbers that are none. So nothing counts but the lines that a whole run prints, and each
 that is missing is an error. What it had found before it died is kept and reported as partial.
 
+It also loses lines: b11434 was seen to end well without its last lines in every second pass on a
+busy machine (docs/llama-cpp.md). So a pass without them is made again, a few times, unless its
+log-probabilities have all been read, which is proof enough that it went through.
+
 Its log-probabilities can be read as it writes them: it is given a FIFO for its file, and nothing of
 them touches the disk.
 """
@@ -45,6 +49,8 @@ _COMPLAINTS = (
     re.compile(r".*Unexpected negative standard deviation.*"),
     re.compile(r".*error: .*"),
 )
+_LOST = "ended with exit code 0 without its last lines"
+_TRIES = 4
 _POLL_S = 0.1
 _QUIET_S = 2.0
 _PIPE_BYTES = 1024 * 1024
@@ -77,8 +83,9 @@ class Perplexity:
     """What one pass found.
 
     Attributes:
-        value: Perplexity: the final estimate, or that of the finished chunks if it is partial.
-        error: Its standard error as the tool states it, None if it is partial.
+        value: Perplexity: the final estimate, or that of the last chunk of a partial pass; NaN if
+            the tool lost its last lines, though its log-probabilities have all been read.
+        error: Its standard error as the tool states it, None if it did not.
         running: Perplexity after each finished chunk.
         planned: Chunks that were to be passed; 0 if the tool did not get that far.
         failure: Why it is partial, ``""`` if it is whole.
@@ -163,7 +170,8 @@ def run_perplexity(
         corpus: Text file.
         plan: Pinned sizes, folder, progress.
         consume: Reads the log-probabilities of every scored token from a stream, in the layout of
-            ``--kl-divergence-base``, while the tool writes them. It runs in a thread of its own.
+            ``--kl-divergence-base``, while the tool writes them; it raises if any are missing. It
+            runs in a thread of its own.
 
     Returns:
         The pass, partial if the tool did not get through; see ``Perplexity.failure``.
@@ -175,30 +183,53 @@ def run_perplexity(
         LlmperfError: What ``consume`` raised, unless the tool itself failed.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    command = compose(build, options, model, corpus, plan)
+    began = time.monotonic()
+    for left in reversed(range(_TRIES)):
+        found, wrong = _once(build, compose(build, options, model, corpus, plan), plan, consume)
+        if wrong is not None:
+            raise wrong
+        if found.failure != _LOST:
+            break
+        if consume is not None:
+            # Every row has come, as its reader knows; only what it says of them has not.
+            found = replace(found, value=math.nan, failure="")
+            break
+        plan.progress("perplexity: the tool's last lines are lost" + (", again" if left else ""))
+    if found.failure and not found.running:
+        # b11434 ends so without a word, every time.
+        hint = ": is the text at least twice the context?" if found.failure == _LOST else ""
+        log = Path(found.log)
+        raise ToolError(f"{TOOL} {found.failure}{hint}; log: {log}\n{tail(log)}")
+    return replace(found, seconds=time.monotonic() - began)
+
+
+def _once(
+    build: Build,
+    command: list[str],
+    plan: PassPlan,
+    consume: Callable[[BinaryIO], object] | None,
+) -> tuple[Perplexity, Exception | None]:
+    """Run the tool once; return what its log says, and what was wrong with its stream."""
     label = re.sub(r"[^\w.+-]", "_", build.label)
     log = plan.folder / f"perplexity-{next(_numbers):03d}-{label}.log"
-    began = time.monotonic()
     with contextlib.ExitStack() as stack:
         reader: _Reader | None = None
         if consume is not None:
             reader = stack.enter_context(_reading(log.with_suffix(".fifo"), consume))
-            command += ["--kl-divergence-base", str(reader.path)]
+            command = [*command, "--kl-divergence-base", str(reader.path)]
         process = ServerProcess(command, log, scrubbed_environment(build.env))
         try:
             ended = _watch(process, log, plan, reader)
         finally:
             status = process.stop()
-    # A stream that breaks off is the tool's failure; one that is wrong is its reader's finding.
+    found = replace(_outcome(log, status), command=shlex.join(command), log=str(log))
     wrong = None if reader is None else reader.error
-    if wrong is not None and not ended:
-        raise wrong
-    found = _outcome(log, status)
-    if wrong is not None and not found.failure:
-        raise wrong
-    return replace(
-        found, command=shlex.join(command), log=str(log), seconds=time.monotonic() - began
-    )
+    if wrong is not None and found.failure == _LOST:
+        # Not only lines are missing, so the tool gave up without a word.
+        done = f"{len(found.running)} of {found.planned} chunks"
+        return replace(found, failure=f"ended after {done}, with exit code 0: {wrong}"), None
+    # A stream that breaks off is the tool's failure; one that is wrong is its reader's finding.
+    return found, None if wrong is not None and ended and found.failure else wrong
 
 
 @dataclass(slots=True)
@@ -297,22 +328,17 @@ def _running(text: str) -> tuple[float, ...]:
 
 
 def _outcome(log: Path, status: int | None) -> Perplexity:
-    """Return what the log says, with the reason if it is not a whole pass.
-
-    Raises:
-        ToolError: If no chunk was finished: there is nothing to report.
-    """
+    """Return what the log says, with the reason if it is not a whole pass."""
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
     planned, running = _progress(log)
     final = _FINAL.search(text)
     failure = _failure(text, status, planned, running, final)
-    finite = [value for value in running if math.isfinite(value)]
-    if failure and not finite:
-        raise ToolError(f"{TOOL} {failure}; log: {log}\n{tail(log)}")
+    finite = tuple(value for value in running if math.isfinite(value))
     if failure or final is None:
-        return Perplexity(finite[-1], None, tuple(finite), planned, failure, "", "", 0.0)
+        value = finite[-1] if finite else math.nan
+        return Perplexity(value, None, finite, planned, failure, "", str(log), 0.0)
     value, error = float(final.group(1)), float(final.group(2))
-    return Perplexity(value, error, running, planned, "", "", "", 0.0)
+    return Perplexity(value, error, running, planned, "", "", str(log), 0.0)
 
 
 def _failure(
@@ -325,13 +351,15 @@ def _failure(
     done = f"after {len(running)} of {planned} chunks" if planned else "before the first chunk"
     complaint = next((m.group(0).strip() for c in _COMPLAINTS if (m := c.search(text))), "")
     whole = final is not None and all(_is_number(final.group(i)) for i in (1, 2))
+    # The last chunk's running estimate is the final one, but for its error.
+    told = whole or (final is None and 0 < planned == len(running))
     found = (
         (status is None, f"did not end {done}"),
         (bool(status), f"ended with {describe_exit(status or 0)} {done}"),
         (not all(map(math.isfinite, running)), "found a perplexity that is no number"),
         (final is None and bool(complaint), f"gave up {done}: {complaint}"),
-        (not whole, f"ended {done} without a final estimate, with exit code 0"),
-        (len(running) != planned, f"ended {done}, with exit code 0"),
+        (final is not None and not whole, f"ended {done} with an estimate that is no number"),
+        (not told or (whole and len(running) != planned), _LOST),
     )
     return next((why for failed, why in found if failed), "")
 

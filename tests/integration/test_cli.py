@@ -79,6 +79,9 @@ def test_calibration_is_used_by_later_runs(
     path = Path(line.partition(": ")[2])
     try:
         kept = json.loads(path.read_text("utf-8"))["blocks"]["decode_tps"]
+        assert main(["calibrate", "--replay-only", "--runs=3", "--uncalibrated"]) == 0
+        assert "noise floor" in out
+        assert "noise floor" not in capsys.readouterr().out
         after = project.run("--baseline=embedded", "-k", "decode")
         assert "noise calibrated" in after.text
         [result] = after.results

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from pytest_llmperf.models.text import text
-from pytest_llmperf.models.vocabulary import BYTE, CONTROL, NORMAL, UNUSED, vocabulary
+from pytest_llmperf.models.vocabulary import BYTE, CONTROL, NORMAL, UNUSED, learn, vocabulary
 
 
 def encode(line: str, size: int) -> list[str]:
@@ -122,3 +122,11 @@ def test_the_vocabulary_is_the_same_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(seen) == 1
+
+
+def test_a_vocabulary_is_learnt_from_any_text() -> None:
+    """Its pieces are those of that text; the shipped text is the one that is taken by default."""
+    words = learn("spam ham spam jam spam ü", 370)
+    assert {"▁spam", "ü"} <= set(words.tokens)
+    assert "▁the" not in words.tokens
+    assert learn(text(), 512) == vocabulary(512)

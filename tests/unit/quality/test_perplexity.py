@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,10 +63,9 @@ def test_a_whole_pass(lab: Lab) -> None:
     [
         ("killed", "ended with killed by SIGKILL (exit 137: out of memory"),
         ("decode", "gave up after 2 of 4 chunks: decode: failed to decode, ret = -3"),
-        ("silent", "ended after 2 of 4 chunks without a final estimate, with exit code 0"),
-        ("unsaid", "ended after 4 of 4 chunks without a final estimate, with exit code 0"),
+        ("silent", "ended with exit code 0 without its last lines"),
         ("nan", "found a perplexity that is no number"),
-        ("final", "ended after 4 of 4 chunks without a final estimate, with exit code 0"),
+        ("final", "ended after 4 of 4 chunks with an estimate that is no number"),
     ],
 )
 def test_a_pass_that_breaks_off_is_partial(lab: Lab, fault: str, why: str) -> None:
@@ -91,6 +91,33 @@ def test_a_pass_without_a_chunk_is_an_error(lab: Lab, fault: str, why: str) -> N
         lab.run(fault)
     assert f"llama-perplexity {why}" in str(caught.value)
     assert "log: " in str(caught.value)
+
+
+def test_a_final_estimate_that_was_lost(lab: Lab) -> None:
+    """The last chunk's running estimate is the same figure; only its error is not known."""
+    found = lab.run("unsaid")
+    assert not found.partial
+    assert (found.value, found.error) == (8.5, None)
+
+
+def test_lost_lines_are_asked_for_again(lab: Lab) -> None:
+    """A pass without its last lines is made again before it is called partial."""
+    lab.run("silent")
+    assert sum("last lines are lost, again" in said for said in lab.said) == 3
+    assert len(list(lab.plan.folder.glob("perplexity-*.log"))) == 4
+
+
+def test_lost_lines_do_not_matter_where_every_row_was_read(lab: Lab) -> None:
+    """The reader knows that nothing is missing; it is asked once."""
+    calls: list[int] = []
+
+    def consume(stream: BinaryIO) -> None:
+        calls.append(len(stream.read()))
+
+    found = run_perplexity(lab.build("silent"), {}, Path("m"), Path("t"), lab.plan, consume=consume)
+    assert not found.partial
+    assert math.isnan(found.value)
+    assert len(calls) == 1
 
 
 def test_what_is_written_is_read_while_it_is_written(lab: Lab) -> None:
