@@ -323,8 +323,9 @@ class LogitsReader:
         return block
 
     def _check(self, block: RowBlock) -> None:
-        scale, floor = block.scale.astype(np.float64), block.floor.astype(np.float64)
-        with np.errstate(invalid="ignore"):  # inf - inf: the row is refused for the inf itself
+        # A signalling NaN complains when it is cast, and inf - inf as well: the row is refused for it.
+        with np.errstate(invalid="ignore"):
+            scale, floor = block.scale.astype(np.float64), block.floor.astype(np.float64)
             top = scale * TOP_QUANTUM + floor
         checks = (
             (~np.isfinite(scale), "has no number as scale"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -221,6 +221,7 @@ def test_bytes_after_the_last_row_are_refused() -> None:
 
 
 @given(st.integers(20, HEADER_BYTES + N_CHUNK * N_SCORED * ROW_BYTES - 9), st.integers(1, 8))
+@example(148, 7).via("a signalling NaN as scale")
 def test_lost_and_doubled_bytes_are_refused(place: int, count: int) -> None:
     """Bytes that a pipe lost or gave twice are noticed, at the end if not before."""
     data = written()
