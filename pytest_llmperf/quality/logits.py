@@ -323,7 +323,7 @@ class LogitsReader:
         return block
 
     def _check(self, block: RowBlock) -> None:
-        # A signalling NaN complains when it is cast, and so does inf - inf: the row is refused for it
+        # A signalling NaN complains when it is cast, so does inf - inf: the row is refused for it.
         with np.errstate(invalid="ignore"):
             scale, floor = block.scale.astype(np.float64), block.floor.astype(np.float64)
             top = scale * TOP_QUANTUM + floor
