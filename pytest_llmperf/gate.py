@@ -311,10 +311,9 @@ class Question:
         if self.campaign.endpoint:
             return verdict
         try:
-            campaign = self.rematch()
+            return confirmed(verdict, self._side_by_side(self.rematch()))
         except LlmperfError as error:
             return unconfirmed(verdict, str(error))
-        return confirmed(verdict, self._side_by_side(campaign))
 
     def _unknown(self, stored: Stored, *, published: bool) -> Verdict:
         by_report = stored.baseline.recorded.get("by") == "published"

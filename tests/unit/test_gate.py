@@ -244,6 +244,16 @@ def test_a_machine_that_has_become_slower_is_no_regression() -> None:
     assert "the machine is not as fast as on the day of the record" in verdict.reason
 
 
+def test_a_rematch_that_cannot_be_measured_leaves_the_regression() -> None:
+    """A baseline's build that does not start any more takes nothing back."""
+    canned = Canned("decode_tps", around(65.0))
+    dead = Canned("decode_tps", around(65.0), error=ServerError("b1 died"))
+    verdict = ask(canned, SPEED, rematch=dead)
+    assert verdict.outcome is Outcome.REGRESSION
+    assert "Not confirmed side by side" in verdict.reason
+    assert "b1 died" in verdict.reason
+
+
 def test_an_unclear_rematch_is_inconclusive() -> None:
     """What side by side does not show either way is not claimed."""
     canned = Canned("decode_tps", around(65.0))
