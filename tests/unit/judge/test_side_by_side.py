@@ -348,7 +348,7 @@ def naive_flags(rng: Rng, worsening: float, sd: float) -> bool:
 def test_false_regressions_stay_below_the_bound() -> None:
     """At the worst case, a slowdown of just the tolerance, and far above it for naive tests."""
     rng = np.random.default_rng(20260227)
-    runs, sd = 400, 0.025
+    runs, sd = 150, 0.025
     false = sum(
         play(lambda: noisy(rng, MARGIN, sd))[0].outcome is Outcome.REGRESSION for _ in range(runs)
     )
@@ -371,7 +371,7 @@ def test_equal_builds_mostly_pass() -> None:
 def test_slow_builds_do_not_pass() -> None:
     """A build slower by the tolerance passes no more often than stated."""
     rng = np.random.default_rng(8149)
-    runs = 300
+    runs = 120
     passed = sum(
         play(lambda: noisy(rng, MARGIN, 0.025))[0].outcome is Outcome.PASS for _ in range(runs)
     )
