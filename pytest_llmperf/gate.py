@@ -269,10 +269,8 @@ class Question:
         if known.launches is None:
             taken = first + self._launches(1, self.launches)
             return compare_published(metric, known.value, taken, tolerance=self.tolerance)
-        differing = differences(
-            stored.baseline.fingerprints.get(case.key, {}),
-            self.fingerprint(self.campaign.launch(0)),
-        )
+        fingerprint = self.fingerprint(self.campaign.launch(0))
+        differing = differences(stored.baseline.fingerprints.get(case.key, {}), fingerprint)
         if differing:
             return incomparable(metric, differing)
         if metric.kind == "exact":
@@ -301,7 +299,7 @@ class Question:
             verdict = self._again(verdict)
         if stored.oldest is None:
             return verdict
-        return since(verdict, *stored.oldest, case.key, self.fingerprint(self.campaign.launch(0)))
+        return since(verdict, *stored.oldest, case.key, fingerprint)
 
     def _again(self, verdict: Verdict) -> Verdict:
         """Let a REGRESSION against recorded launches prove itself side by side, if it can.

@@ -83,7 +83,6 @@ def save(path: Path, priors: Priors, *, machine: str, at: str) -> None:
         "launches": {name: prior.to_json() for name, prior in priors.launches.items()},
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise BaselineError(f"{path}: cannot write the priors: {error.strerror}") from error

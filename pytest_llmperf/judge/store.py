@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from pytest_llmperf.errors import BaselineError
+from pytest_llmperf.files import replacing
 from pytest_llmperf.judge._schema import (
     Baseline,
     Launch,
@@ -123,29 +123,11 @@ def load(path: Path) -> Baseline:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file as a whole, durably: a reader or a crash sees the old file or the new.
 
-    The folder is made if need be. The text is written beside the file, because a rename is
-    atomic only within one file system.
-
     Raises:
         OSError: The folder or file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        # "x" leaves the mode to the umask, unlike tempfile, whose files only the owner reads.
-        with scratch.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself last
-    finally:
-        os.close(folder)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def lock_path(path: Path) -> Path:

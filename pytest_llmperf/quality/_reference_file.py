@@ -9,15 +9,12 @@ and compresses.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
 import os
 import re
-import secrets
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -371,28 +368,3 @@ def read_header(file: BinaryIO, path: Path) -> Facts:
         return Facts.of(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BaselineError(f"{path}: the header cannot be understood: {AGAIN}") from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside ``path`` that replaces it, durably, when the block ends well.
-
-    Raises:
-        OSError: The folder or file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with scratch.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself last
-    finally:
-        os.close(folder)

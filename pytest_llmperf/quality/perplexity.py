@@ -296,7 +296,7 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
         if now - said < _QUIET_S:
             continue
         said = now
-        planned, running = _progress(log)
+        planned, running = _progress(_text(log))
         if running and first is None:
             first = now, len(running)
         left = ""
@@ -312,8 +312,11 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
     return True
 
 
-def _progress(log: Path) -> tuple[int, tuple[float, ...]]:
-    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+def _text(log: Path) -> str:
+    return log.read_text("utf-8", errors="replace") if log.exists() else ""
+
+
+def _progress(text: str) -> tuple[int, tuple[float, ...]]:
     match = _PLANNED.search(text)
     return (int(match.group(1)) if match else 0), _running(text)
 
@@ -329,8 +332,8 @@ def _running(text: str) -> tuple[float, ...]:
 
 def _outcome(log: Path, status: int | None) -> Perplexity:
     """Return what the log says, with the reason if it is not a whole pass."""
-    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    planned, running = _progress(log)
+    text = _text(log)
+    planned, running = _progress(text)
     final = _FINAL.search(text)
     failure = _failure(text, status, planned, running, final)
     finite = tuple(value for value in running if math.isfinite(value))

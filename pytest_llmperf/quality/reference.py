@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_llmperf.errors import BaselineError
+from pytest_llmperf.files import replacing
 from pytest_llmperf.quality._reference_file import (
     AGAIN,
     LEAST_SAMPLED,
@@ -48,7 +49,6 @@ from pytest_llmperf.quality._reference_file import (
     encode,
     read_header,
     read_section,
-    replacing,
     write_header,
     write_section,
 )

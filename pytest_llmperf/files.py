@@ -1,0 +1,39 @@
+"""Files that are replaced as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside ``path`` that replaces it, durably, when the block ends well.
+
+    A reader or a crash sees the old file or the new. The folder is made if need be. The file is
+    written beside the other, because a rename is atomic only within one file system.
+
+    Raises:
+        OSError: The folder or file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        # "x" leaves the mode to the umask, unlike tempfile, whose files only the owner reads.
+        with scratch.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the rename itself last
+    finally:
+        os.close(folder)
