@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import psutil
-from filelock import FileLock, Timeout
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import LlmperfError, RunError, ServerError
 from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measure.host import Watch, unsteady
 from pytest_llmperf.measure.launch import Launch, Session
+from pytest_llmperf.measuring import measuring
 from pytest_llmperf.models.locate import parts
 from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Config, Workload
@@ -150,26 +149,13 @@ class Campaign:
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
         self.before()
-        lock = FileLock(self.lock)
         try:
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0.05)
-        except Timeout:
-            self.serve.progress(f"waiting for {_holder(self.lock)} to finish measuring")
-            lock.acquire()
-        except OSError as error:
-            raise RunError(
-                f"cannot lock {self.lock}: {error.strerror}; set LLMPERF_CACHE"
-            ) from error
-        try:
-            _sign(self.lock)
-            yield
+            with measuring(self.lock, self.serve.progress):
+                yield
         except LlmperfError as error:
             # Not to be tried again by every test of this config.
             self.failures[LAUNCH] = error
             raise
-        finally:
-            lock.release()
 
     def _steadily(self, what: str, measure: Callable[[str], Unit]) -> Unit:
         """Measure, and measure again while something disturbs it; the last try is kept as it is.
@@ -335,21 +321,6 @@ class Campaign:
             return True
         free = free_mib()
         return bool(free) and min(free.values()) > 2 * need
-
-
-def _sign(lock: Path) -> None:
-    """Say beside the lock who holds it; the lock itself is the kernel's."""
-    with contextlib.suppress(OSError):
-        lock.with_suffix(".holder").write_text(f"{os.getpid()} {Path.cwd()}", "utf-8")
-
-
-def _holder(lock: Path) -> str:
-    """Return who holds the lock, in words."""
-    with contextlib.suppress(OSError, ValueError):
-        pid, _, folder = lock.with_suffix(".holder").read_text("utf-8").partition(" ")
-        if psutil.pid_exists(int(pid)):
-            return f"another run on this machine (pid {pid}, in {folder})"
-    return "another run on this machine"
 
 
 def _wandering(launch: Launch) -> str:

@@ -11,6 +11,7 @@
     └── RunError              the world did not do what was asked of it; fails the test
         ├── ServerError       a server that did not start, died, hung or answered an error
         ├── ToolError         a llama.cpp program that did not do its work
+        │   └── PartialPassError  a pass over a corpus that broke off
         ├── UnmeasuredError   a metric that this build, config or machine does not show
         └── CheckError        an answer that must not be counted (cached, short, truncated)
 """
@@ -79,6 +80,21 @@ class ServerError(RunError):
 
 class ToolError(RunError):
     """A program of llama.cpp, such as llama-perplexity, that did not do its work."""
+
+
+class PartialPassError(ToolError):
+    """A pass over a corpus that broke off; what it found until then never passes.
+
+    Args:
+        message: What happened.
+        planned: Chunks that were to be passed.
+        running: Perplexity after each finished chunk.
+    """
+
+    def __init__(self, message: str, *, planned: int, running: tuple[float, ...]) -> None:
+        self.planned = planned
+        self.running = running
+        super().__init__(message)
 
 
 class UnmeasuredError(RunError):

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole."""
+"""Files that are replaced as a whole, and names that start with a tilde."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def expanded(name: str) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced; where there is no such user, as it is.
+
+    ``Path.expanduser`` raises there, and not one of our errors.
+    """
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - see above
 
 
 @contextlib.contextmanager

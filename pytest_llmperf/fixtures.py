@@ -118,6 +118,12 @@ def memory(request: pytest.FixtureRequest, _llmperf_run: Run, llmperf_case: Case
 
 
 @pytest.fixture
+def quality(request: pytest.FixtureRequest, _llmperf_run: Run, llmperf_case: Case) -> Gate:
+    """Gates answers over a corpus: ``quality.gate("ppl", "kld_mean", "same_top")``."""
+    return Gate(request, _llmperf_run, llmperf_case)
+
+
+@pytest.fixture
 def build(_llmperf_run: Run) -> Build:
     """The build under test: label, number, commit, source, hash."""
     return _llmperf_run.new

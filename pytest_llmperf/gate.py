@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -148,8 +148,6 @@ class Question:
 
     def _answer(self, comparison: Comparison) -> Verdict:
         metric = self.metric
-        if metric.scope == "quality":
-            return failed(metric, f"{metric.name} is not measured by a speed or memory test")
         if isinstance(comparison, Absent):
             return missing(metric, comparison.reason)
         try:
@@ -264,7 +262,10 @@ class Question:
         entries = stored.baseline.results.get(case.key)
         known = (entries or {}).get(metric.name)
         if known is None:
-            return self._unknown(stored, published=entries is not None)
+            if entries is not None and stored.baseline.published:
+                # Measured all the same: a build that cannot run this case must not pass it.
+                self._launches(0, 1)
+            return missing_from(stored, case, metric)
         first = self._launches(0, 1)
         if known.launches is None:
             taken = first + self._launches(1, self.launches)
@@ -313,18 +314,6 @@ class Question:
         except LlmperfError as error:
             return unconfirmed(verdict, str(error))
 
-    def _unknown(self, stored: Stored, *, published: bool) -> Verdict:
-        by_report = stored.baseline.recorded.get("by") == "published"
-        if published and by_report:
-            # Measured all the same: a build that cannot run this case must not pass it.
-            self._launches(0, 1)
-            return unpublished(self.metric, stored, self.case)
-        return missing(
-            self.metric,
-            f"{stored.path} has no {self.metric.name} for {self.case.key}: record it with "
-            f"`pytest -k {self.case.config.name} {stored.build_option} --update-baselines`",
-        )
-
 
 def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:
     """Return what a metric sees of a block."""
@@ -349,32 +338,46 @@ def one_start(verdict: Verdict) -> Verdict:
     )
 
 
-def unpublished(metric: Metric, stored: Stored, case: Case) -> Verdict:
-    """Return the verdict where a report gives other figures of a case, but not this one.
+def missing_from(stored: Stored, case: Case, metric: Metric) -> Verdict:
+    """Return the verdict where a baseline holds nothing of this metric of a case.
 
-    Nothing was shown either way: a warning, and a failure under ``--llmperf-strict``.
+    Where a report gives other figures of the case, but not this one, nothing was shown either
+    way: a warning, and a failure under ``--llmperf-strict``.
     """
-    return replace(
-        missing(
-            metric,
+    if stored.baseline.published and case.key in stored.baseline.results:
+        told = (
             f"the report behind {stored.label} gives no {metric.name} for {case.key}: record a "
-            "baseline of your own to gate it, with --update-baselines",
-        ),
-        outcome=Outcome.INCONCLUSIVE,
+            "baseline of your own to gate it, with --update-baselines"
+        )
+        return replace(missing(metric, told), outcome=Outcome.INCONCLUSIVE)
+    return missing(
+        metric,
+        f"{stored.path} has no {metric.name} for {case.key}: record it with "
+        f"`pytest -k {case.config.name} {stored.build_option} --update-baselines`",
     )
 
 
-def since(
-    verdict: Verdict, label: str, oldest: Baseline, key: str, fingerprint: Fingerprint
+def since(  # noqa: PLR0917 - a verdict, and what it is compared with
+    verdict: Verdict,
+    label: str,
+    oldest: Baseline,
+    key: str,
+    fingerprint: Fingerprint,
+    ignored: Collection[str] = (),
 ) -> Verdict:
     """Return the verdict with the change since an older baseline in its evidence.
 
-    As it is where the older one has no such figure, or made it under other conditions.
+    As it is where the older one has no such figure, or made it under other conditions, but for
+    the ``ignored`` ones.
     """
     known = oldest.results.get(key, {}).get(verdict.metric)
     if known is None or verdict.new is None or known.value <= 0:
         return verdict
-    if differences(oldest.fingerprints.get(key, {}), fingerprint):
+    before, now = (
+        {name: value for name, value in one.items() if name not in ignored}
+        for one in (oldest.fingerprints.get(key, {}), fingerprint)
+    )
+    if differences(before, now):
         return verdict
     told = {"label": label, "value": known.value, "change": verdict.new / known.value - 1}
     return replace(verdict, evidence={**verdict.evidence, "oldest": told})

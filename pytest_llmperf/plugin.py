@@ -27,9 +27,10 @@ MARKERS = (
     "long_running: takes more than a few minutes",
     "quality: measures answers, not speed",
     (
-        "llmperf(configs=..., workloads=..., tolerances=...): the configs and workloads of the "
-        "suite file that the test runs over (no configs: all; no workloads: the server start "
-        "alone), and tolerances that win over those of the suite file"
+        "llmperf(configs=..., workloads=..., passes=..., tolerances=...): the configs, workloads "
+        "and corpus passes of the suite file that the test runs over (no configs: all; neither "
+        "workloads nor passes: the server start alone), and tolerances that win over those of the "
+        "suite file"
     ),
 )
 _CASE = "llmperf_case"
@@ -148,6 +149,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("llmperf_launches", "Fresh starts for and against a recorded baseline (3).")
     parser.addini("llmperf_start_timeout", "Seconds a server may take to become ready (600).")
     parser.addini("llmperf_hang_timeout", "Seconds without an answer until a server hangs (300).")
+    parser.addini(
+        "llmperf_pass_limit", "Most seconds a pass over a corpus may be expected to take (14400)."
+    )
     parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (3).")
     parser.addini(
         "llmperf_foreign_load",
@@ -199,10 +203,11 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
             f"{name} uses a fixture of pytest-llmperf: say what it runs over with "
             '@pytest.mark.llmperf(configs=["..."], workloads=["..."])'
         )
-    allowed = {"configs", "workloads", "tolerances"}
+    lists = ("configs", "workloads", "passes")
+    allowed = {*lists, "tolerances"}
     if marker.args or set(marker.kwargs) - allowed:
         raise PlanError(f"{name}: the marker llmperf takes {', '.join(sorted(allowed))} by name")
-    for key in ("configs", "workloads"):
+    for key in lists:
         names = marker.kwargs.get(key, [])
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
             raise PlanError(f'{name}: llmperf({key}=...) is a list of names: write ["..."]')
@@ -216,7 +221,7 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
             check_tolerance(metric, tolerance)
         except PlanError as error:
             raise PlanError(f"{name}: llmperf(tolerances=...): {error}") from error
-    cases = state.suite.cases(marker.kwargs.get("configs"), marker.kwargs.get("workloads"))
+    cases = state.suite.cases(*(marker.kwargs.get(key) for key in lists))
     if not cases:
         raise PlanError(f"{name}: llmperf(configs=[]) names no config, so nothing would be gated")
     return cases
@@ -224,14 +229,16 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
     names = [*(["gpu"] if case.config.gpu else []), *case.config.marks]
+    if case.corpus_pass is not None:
+        names += ["quality", *case.corpus_pass.marks]
     try:
         return [getattr(pytest.mark, name) for name in dict.fromkeys(names)]
     except (pytest.fail.Exception, pytest.PytestUnknownMarkWarning, AttributeError):
         from pytest_llmperf.errors import PlanError  # noqa: PLC0415 - only when used
 
         raise PlanError(
-            f"config {case.config.name}: marks = {list(case.config.marks)}: not all of them are "
-            "registered; add them to `markers` in pytest's ini file"
+            f"{case.key}: not all of the marks {names} are registered: add them to `markers` in "
+            "pytest's ini file"
         ) from None
 
 

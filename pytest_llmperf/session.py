@@ -10,9 +10,9 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -34,18 +34,23 @@ from pytest_llmperf.gate import (
     Stored,
 )
 from pytest_llmperf.judge import store
+from pytest_llmperf.judge.chunks import QUALITY
 from pytest_llmperf.judge.decide import failed
 from pytest_llmperf.judge.priors import Priors, path_of
 from pytest_llmperf.judge.priors import load as load_priors
+from pytest_llmperf.judge.references import Kept
 from pytest_llmperf.judge.store import Baseline
 from pytest_llmperf.judge.verdict import Verdict
 from pytest_llmperf.measure.gpu import gpus
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
 from pytest_llmperf.measure.machine import machine, machine_fingerprint
-from pytest_llmperf.metrics import METRICS, Metric
+from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, Metric
+from pytest_llmperf.models.corpus import locate_corpus
 from pytest_llmperf.models.locate import check_sha256, locate, sha256
+from pytest_llmperf.passes import Passed, Passes
 from pytest_llmperf.plan.config import LAUNCH, Case, Config
 from pytest_llmperf.plan.suite import Suite
+from pytest_llmperf.quality_gate import QualityQuestion
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
 from pytest_llmperf.settings import Settings
@@ -115,6 +120,7 @@ class Run:
     priors: Priors = field(default_factory=Priors)
     _campaigns: dict[str, Campaign] = field(default_factory=dict)
     _rematches: dict[str, Campaign] = field(default_factory=dict)
+    _passes: Passes | None = None
     _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
     _server: Server | None = None
@@ -143,15 +149,13 @@ class Run:
             gpu: Whether the test is marked ``gpu``, whatever its config says.
 
         Raises:
-            PlanError: If there is no such metric.
+            PlanError: If there is no such metric, or the case cannot show it.
         """
-        for name in asked:
-            if name not in METRICS:
-                raise PlanError(
-                    f"no metric `{name}`{nearest(name, METRICS)}: there are {', '.join(METRICS)}"
-                )
+        check_metrics(case, asked)
         try:
             self._require_gpu(needed=gpu or case.config.gpu)
+            if case.corpus_pass is not None:
+                return self._gate_quality(nodeid, case, asked)
             campaign = self.campaign(case.config)
         except LlmperfError as error:
             verdicts = [failed(METRICS[name], str(error)) for name in asked]
@@ -179,6 +183,45 @@ class Run:
             for name, own in asked.items()
         ]
         return self._result(nodeid, case, campaign, verdicts)
+
+    def _gate_quality(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
+        """Judge quality metrics of a case by passes over its corpus."""
+        passes = self.passes
+        verdicts: list[Verdict] = []
+        base: Passed | None = None
+        new: Passed | None = None
+        for name, own in asked.items():
+            metric = METRICS[name]
+            tolerance = self.tolerance(metric, case.config, own)
+            question = QualityQuestion(passes, case, metric, tolerance)
+            verdict, its_base, its_new = question.answer(self.comparison)
+            verdicts.append(verdict)
+            base, new = its_base or base, its_new or new
+        sides = [self._passed_side(self.new, new)]
+        if self.base is not None:
+            sides.append(self._passed_side(self.base, base))
+        measured = {name: new.values[name] for name in asked} if new is not None else {}
+        # A file that the config names has its place already.
+        own = new is not None and not passes.names_file(case.config)
+        reference = new.reference if own and new is not None else None
+        return Result(
+            nodeid=nodeid,
+            case=case.key,
+            new=sides[0],
+            base=sides[1] if len(sides) > 1 else self._stored_side(),
+            machine=self.machine_key,
+            verdicts=tuple(verdicts),
+            fingerprint=passes.fingerprint(case, new) if new is not None else {},
+            options=self._options,
+            measured=measured,
+            reference=str(reference or ""),
+        )
+
+    def _passed_side(self, build: Build, passed: Passed | None) -> Side:
+        side = self._side(build, ())
+        if passed is None:
+            return side
+        return replace(side, command=passed.command, logs=(passed.log,) if passed.log else ())
 
     def server(self, config: Config, *, gpu: bool = False) -> Server:
         """Return a running server of the build under test, started once a config.
@@ -215,6 +258,26 @@ class Run:
             if own is None:
                 own = table.get(metric.name)
         return metric.tolerance if own is None else own
+
+    @property
+    def passes(self) -> Passes:
+        """The passes of this run, made on first use."""
+        if self._passes is None:
+            folders = (self.suite.path.parent, *self.settings.models)
+            self._passes = Passes(
+                new=self.new,
+                base=self.base,
+                configs=self.suite.configs,
+                model=self.model,
+                corpus=lambda one: locate_corpus(one, folders),
+                serve=self._serve_plan(),
+                cache=self.settings.cache,
+                lock=self._lock,
+                suite_folder=self.suite.path.parent,
+                limit=self.settings.pass_limit,
+                before=self.close_server,
+            )
+        return self._passes
 
     def campaign(self, config: Config) -> Campaign:
         """Return the campaign of a config, made on first use.
@@ -268,7 +331,7 @@ class Run:
             model=self.model(config) if self._needs_model else Path(),
             serve=self._serve_plan(),
             pairs=self.settings.pairs,
-            lock=self.settings.cache / "locks" / "measuring.lock",
+            lock=self._lock,
             rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
             before=self.close_server,
             foreign_load=self.settings.foreign_load,
@@ -282,7 +345,7 @@ class Run:
         """
         model = self.suite.models[config.model]
         if model.name not in self._models:
-            path = locate(model, self.settings.models, self.settings.cache)
+            path = locate(model, self.settings.models, self.settings.cache, self.suite.models)
             if model.sha256:
                 check_sha256(model, path, self.settings.cache)
             self._models[model.name] = path
@@ -338,6 +401,10 @@ class Run:
         """What to type to compare the same things again."""
         given = [("--llmperf-build", self.settings.build), ("--baseline", self.settings.baseline)]
         return " ".join(f"{name}={shlex.quote(value)}" for name, value in given if value)
+
+    @property
+    def _lock(self) -> Path:
+        return self.settings.cache / "locks" / "measuring.lock"
 
     def _serve_plan(self) -> ServePlan:
         return ServePlan(
@@ -395,6 +462,18 @@ class Run:
             logs=tuple(launch.log for launch in launches if launch.log),
         )
 
+    def _stored_side(self) -> Side | None:
+        if not isinstance(self.comparison, Stored):
+            return None
+        block = self.comparison.baseline.build
+        number = f"build {block.get('number')}" if block.get("number") else "number unknown"
+        made = self.comparison.baseline.recorded
+        about = (
+            f"{self.comparison.label} ({number}, commit {block.get('commit') or 'unknown'}, "
+            f"{block.get('source')}; {made.get('by')} {made.get('at')}, {self.comparison.path})"
+        )
+        return Side(label=self.comparison.label, about=about)
+
     def _result(
         self, nodeid: str, case: Case, campaign: Campaign, verdicts: Sequence[Verdict]
     ) -> Result:
@@ -405,15 +484,8 @@ class Run:
         base: Side | None = None
         if self.base is not None:
             base = self._side(self.base, [pair.base for pair in pairs])
-        elif isinstance(self.comparison, Stored):
-            block = self.comparison.baseline.build
-            number = f"build {block.get('number')}" if block.get("number") else "number unknown"
-            made = self.comparison.baseline.recorded
-            about = (
-                f"{self.comparison.label} ({number}, commit {block.get('commit') or 'unknown'}, "
-                f"{block.get('source')}; {made.get('by')} {made.get('at')}, {self.comparison.path})"
-            )
-            base = Side(label=self.comparison.label, about=about)
+        else:
+            base = self._stored_side()
         return Result(
             nodeid=nodeid,
             case=case.key,
@@ -424,6 +496,38 @@ class Run:
             fingerprint=self.fingerprint(case, new[0]) if new else {},
             options=self._options,
             measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
+        )
+
+
+def check_metrics(case: Case, asked: Collection[str]) -> None:
+    """Refuse metrics that a case cannot show.
+
+    Raises:
+        PlanError: With what would be right.
+    """
+    for name in asked:
+        if name not in METRICS:
+            raise PlanError(
+                f"no metric `{name}`{nearest(name, METRICS)}: there are {', '.join(METRICS)}"
+            )
+        quality = METRICS[name].scope == "quality"
+        if quality and case.corpus_pass is None:
+            raise PlanError(
+                f"{name} needs a corpus pass: name some in the marker llmperf(passes=[...])"
+            )
+        if not quality and case.corpus_pass is not None:
+            raise PlanError(
+                f"{name} is measured by asking a server, not by a corpus pass: name workloads in "
+                "the marker, llmperf(workloads=[...])"
+            )
+        if name in PUBLISHED_ONLY:
+            raise PlanError(
+                f"{name} occurs in published figures only: gate one of {', '.join(QUALITY)}"
+            )
+    if set(asked) == {"ppl"}:
+        raise PlanError(
+            "ppl alone never passes, since answers can change with the perplexity unchanged: gate "
+            "kld_mean or same_top beside it"
         )
 
 
@@ -576,6 +680,8 @@ def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Writt
     for result in results:
         label = store.validate_label(result.new.label)
         path = settings.baselines / label / f"{facts['key']}.json"
+        digest = str(result.fingerprint.get("reference", ""))
+        kept = {result.case: Kept(Path(result.reference), digest)} if result.reference else {}
         changes = store.update(
             path,
             build=result.new.build,
@@ -588,6 +694,7 @@ def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Writt
             measured={
                 result.case: store.Measured(fingerprint=result.fingerprint, metrics=result.measured)
             },
+            references=kept,
         )
         # A test that measured nothing makes no file.
         if path.is_file():
@@ -600,7 +707,7 @@ def stale_entries(suite: Suite, written: Sequence[Written]) -> dict[Path, list[s
     makes = {
         f"{config}/{workload}"
         for config in suite.configs
-        for workload in (LAUNCH, *suite.workloads)
+        for workload in (LAUNCH, *suite.workloads, *suite.passes)
     }
     found = {path: store.stale(store.load(path), makes) for path in {one.path for one in written}}
     return {path: entries for path, entries in found.items() if entries}

@@ -19,6 +19,7 @@ DEFAULT_LAUNCHES = 3
 DEFAULT_PAIRS = 3
 DEFAULT_START_TIMEOUT = 600.0
 DEFAULT_HANG_TIMEOUT = 300.0
+DEFAULT_PASS_LIMIT = 4 * 3600.0
 # A build spec that is a path, not a name, a URL or `pypi:…`.
 _RELATIVE = re.compile(r"^(?:\.{1,2}$|(?![~/])[^:]*/)")
 
@@ -46,6 +47,7 @@ class Settings:
         start_timeout: Seconds a server may take to become ready.
         hang_timeout: Seconds without a byte after which a request counts as hung.
         foreign_load: Cores that other programs may keep busy while something is measured.
+        pass_limit: Most seconds that a pass over a corpus may be expected to take.
     """
 
     baseline: str | None
@@ -66,6 +68,7 @@ class Settings:
     start_timeout: float = DEFAULT_START_TIMEOUT
     hang_timeout: float = DEFAULT_HANG_TIMEOUT
     foreign_load: float = math.inf
+    pass_limit: float = DEFAULT_PASS_LIMIT
 
 
 def read_settings(
@@ -148,6 +151,7 @@ def read_settings(
             None, ini("llmperf_hang_timeout"), DEFAULT_HANG_TIMEOUT, "hang_timeout", 1.0
         ),
         foreign_load=_foreign_load(ini("llmperf_foreign_load")),
+        pass_limit=_number(None, ini("llmperf_pass_limit"), DEFAULT_PASS_LIMIT, "pass_limit", 1.0),
     )
 
 

@@ -1,7 +1,7 @@
 """Stands in for llama-perplexity where the real one cannot be made to fail on demand.
 
 It speaks the tool's lines. ``FAULT`` in its environment says how it ends, ``STREAM`` names a file
-whose bytes it writes as its log-probabilities.
+whose bytes it writes as its log-probabilities, ``STREAM_TYPE`` one for that type of K cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ HELP = """
 
 
 def _quarter(chunk: int) -> bytes:
-    given = os.environ.get("STREAM")
+    flag = "--cache-type-k"
+    kind = sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else ""
+    given = os.environ.get(f"STREAM_{kind}") or os.environ.get("STREAM")
     if given is None:
         return b"chunk" * 50_000
     data = Path(given).read_bytes()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pytest_llmperf.errors import BuildError, nearest
+from pytest_llmperf.files import expanded
 from pytest_llmperf.plan.config import BuildEntry
 
 Kind = Literal["path", "pypi", "embedded", "http"]
@@ -105,7 +106,7 @@ def _parse_form(text: str, folder: Path) -> BuildSpec | None:
     # A bare word is a name, not a path: `b8149` must not become a file of that name.
     if os.sep in text or text.startswith(("~", ".")) or text == "llama-server":
         try:
-            path = Path(text).expanduser()
+            path = expanded(text)
         except RuntimeError as error:
             raise BuildError(f"`{text}`: there is no such user: write the path in full") from error
         return BuildSpec("path", text, str(path if path.is_absolute() else folder / path))

@@ -241,7 +241,7 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
     config = case.config
     spec = parse_spec(arguments.build or default_spec(os.environ), suite.builds, Path.cwd())
     build = resolve(spec, cache, _say)
-    model = locate(suite.models[config.model], arguments.models, cache)
+    model = locate(suite.models[config.model], arguments.models, cache, suite.models)
     folder = arguments.blocks_file.parent / f"calibrate-{os.getpid()}"
     arguments.blocks_file.parent.mkdir(parents=True, exist_ok=True)
     campaigns = {

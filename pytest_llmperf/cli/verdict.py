@@ -17,7 +17,7 @@ from pytest_llmperf.judge.decide import (
     compare_published,
     incomparable,
 )
-from pytest_llmperf.judge.quality import compare_chunks
+from pytest_llmperf.judge.quality import BY_CHUNK, compare_chunks, compare_tails
 from pytest_llmperf.judge.sequential import Plan
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
@@ -193,13 +193,12 @@ def _exact(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
 
 
 def _chunks(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:
-    budget = evidence["budget"]
-    return compare_chunks(
-        metric,
-        evidence["base_chunks"],
-        evidence["new_chunks"],
-        tolerance=verdict.tolerance,
-        budget=None if budget is None else float(budget),
+    base, new = evidence["base_chunks"], evidence["new_chunks"]
+    budget = None if evidence["budget"] is None else float(evidence["budget"])
+    if metric.name in BY_CHUNK:
+        return compare_chunks(metric, base, new, tolerance=verdict.tolerance, budget=budget)
+    return compare_tails(
+        metric, base, new, tokens=evidence["tokens"], tolerance=verdict.tolerance, budget=budget
     )
 
 

@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pytest_llmperf.judge.statistics import Estimate, Prior, set_aside
+from pytest_llmperf.judge.statistics import (
+    Estimate,
+    Prior,
+    set_aside,
+    smallest,
+    student_t_ppf,
+)
 from pytest_llmperf.judge.verdict import Mode, Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 
 ROUNDING = 1e-9
 """A log effect this close to a limit lies on it: a mirrored metric must be judged alike."""
+
+POWER = 0.8
+"""The chance of a clear verdict that the number of missing units is worked out for."""
 
 Launches = Sequence[Sequence[float]]
 
@@ -73,6 +82,40 @@ def odd_ones(worsenings: Sequence[float], prior: Prior | None, alpha: float) -> 
     odd = set_aside(worsenings, prior, alpha)
     centre = median(worsenings)
     return odd if sum(worsenings[i] > centre for i in odd) <= 1 else ()
+
+
+def would_tell(worse: Estimate, margin: float, alpha: float, *, more: int, shrink: float) -> bool:
+    """Whether an effect this far from the margin would be clear with ``POWER``.
+
+    Args:
+        worse: The effect as far as it is known, positive where worse.
+        margin: The effect that the tolerance allows.
+        alpha: Probability of error of the claim.
+        more: Units, and so degrees of freedom, that come on top.
+        shrink: Factor of the standard error with these.
+    """
+    df = worse.df + more
+    reach = student_t_ppf(1 - alpha, df) + student_t_ppf(POWER, df)
+    return abs(worse.effect - margin) >= reach * worse.se * shrink
+
+
+def more_units(worse: Estimate, margin: float, alpha: float, units: int, most: int) -> int | None:
+    """How many units are missing for a clear verdict; None where ``most`` would hardly do.
+
+    Args:
+        worse: Mean effect of units of equal weight.
+        margin: The effect that the tolerance allows.
+        alpha: Probability of error of the claim.
+        units: How many units are behind the mean.
+        most: Most units that are asked for, those at hand included. One more than these at
+            least: they have just shown that they do not suffice.
+    """
+
+    def enough(size: int) -> bool:
+        return would_tell(worse, margin, alpha, more=size - units, shrink=math.sqrt(units / size))
+
+    size = smallest(enough, units + 1, max(most, units + 1))
+    return None if size is None else size - units
 
 
 def prior_json(prior: Prior | None) -> dict[str, object] | None:

@@ -40,8 +40,10 @@ class Recorded:
     Attributes:
         unit: Unit of the metric.
         better: Its better direction.
-        launches: Samples of each launch in ``unit``, oldest first; None for a published figure.
-        value: Median of the launch medians, or the published figure, in ``unit``.
+        launches: Samples of each launch in ``unit``, oldest first; None for a published figure. Of
+            a quality metric the values of each chunk of one pass, in the order of the text.
+        value: Median of the launch medians, value of the whole pass, or the published figure, in
+            ``unit``.
     """
 
     unit: str

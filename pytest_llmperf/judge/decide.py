@@ -4,7 +4,7 @@
 ``compare_published``   launches measured now against a figure from a report
 
 and one for each verdict without a comparison: ``incomparable``, ``missing``, ``failed`` and
-``recorded``. Comparisons with statistics are in ``side_by_side`` and ``stored``.
+``recorded``. Comparisons with statistics are in ``side_by_side``, ``stored`` and ``quality``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from pytest_llmperf.judge._common import (
     sign,
     without_logs,
 )
-from pytest_llmperf.judge.statistics import (
-    log_means,
-)
+from pytest_llmperf.judge.chunks import Chunks, pooled
+from pytest_llmperf.judge.statistics import log_means
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 
@@ -209,6 +208,19 @@ def recorded(metric: Metric, new: Launches) -> Verdict:
                 "record again, or later comparisons will be INCONCLUSIVE"
             )
     return draft.verdict(Outcome.RECORDED, reason, evidence)
+
+
+def recorded_chunks(metric: Metric, chunks: Chunks, *, tokens: int) -> Verdict:
+    """The verdict where a pass over a corpus was written to a baseline instead of compared.
+
+    Args:
+        metric: A quality metric.
+        chunks: What was recorded, one list a chunk.
+        tokens: Scored tokens of a chunk.
+    """
+    draft = Draft(metric, "none", metric.tolerance, [], chunks, new=pooled(metric, chunks, tokens))
+    reason = f"{metric.name} recorded from {plural(len(chunks), 'chunk')}, nothing compared"
+    return draft.verdict(Outcome.RECORDED, reason, {"mode": "none"})
 
 
 def _nothing(metric: Metric, outcome: Outcome, reason: str, evidence: dict[str, object]) -> Verdict:

@@ -38,6 +38,7 @@ from pytest_llmperf.judge._common import (
     Draft,
     bounded_exp,
     margin_of,
+    more_units,
     odd_ones,
     plural,
     sign,
@@ -61,8 +62,6 @@ from pytest_llmperf.judge.statistics import (
     log_means,
     mean_estimate,
     sign_flip_p,
-    smallest,
-    student_t_ppf,
 )
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import Metric
@@ -75,7 +74,6 @@ coin-flipped pairs each: sd 2.4 %. Four degrees of freedom let the blocks at han
 """
 
 _MOST_BLOCKS = 64
-_POWER = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,21 +244,12 @@ class _Judge:
 
 
 def _lacking(look: Look) -> tuple[int | None, str]:
-    """Blocks missing until an effect this far from the margin is clear with ``_POWER``."""
-    n = look.units - look.aside
-    variance = look.worse.se**2 * n
-    distance = abs(look.worse.effect - look.margin)
-    alpha = look.needed_alpha
-
-    def enough(size: int) -> bool:
-        df = look.worse.df + size - n
-        reach = student_t_ppf(1 - alpha, df) + student_t_ppf(_POWER, df)
-        return distance >= reach * math.sqrt(variance / size)
-
-    size = smallest(enough, n + 1, max(_MOST_BLOCKS, n + 1))
-    if size is None:
+    """How many blocks are missing for a clear verdict, None for too many; and in words."""
+    units = look.units - look.aside
+    lack = more_units(look.worse, look.margin, look.needed_alpha, units, _MOST_BLOCKS)
+    if lack is None:
         return None, f"even {_MOST_BLOCKS} blocks would hardly tell"
-    return size - n, f"about {plural(size - n, 'more block')} needed"
+    return lack, f"about {plural(lack, 'more block')} needed"
 
 
 def _block_json(phase: Phase, block: Block, seen: _Seen) -> dict[str, object]:

@@ -3,6 +3,10 @@
 Two processes may update a file at once: each reads, changes and replaces it under a lock, so
 neither loses what the other wrote. A file is replaced as a whole, so a process that is killed
 leaves the old file or the new one, never a part.
+
+Launches of speed and memory gather: each update adds its own, and the oldest go. Quality has no
+launches: its metrics hold the chunks of one pass over a corpus, in the order of the text
+(:mod:`pytest_llmperf.judge.chunks`), and the next pass takes their place as a whole.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 import platformdirs
 from filelock import FileLock, Timeout
 
 from pytest_llmperf.errors import BaselineError
-from pytest_llmperf.files import replacing
+from pytest_llmperf.files import expanded, replacing
 from pytest_llmperf.judge._schema import (
     Baseline,
     Launch,
@@ -39,6 +44,8 @@ from pytest_llmperf.judge._schema import (
     rounded,
     validate_label,
 )
+from pytest_llmperf.judge.chunks import QUALITY, complaint, pooled
+from pytest_llmperf.judge.references import Kept, drop_references, keep_reference
 from pytest_llmperf.metrics import METRICS
 
 __all__ = [
@@ -72,9 +79,11 @@ class Measured:
     """What was measured of one case.
 
     Attributes:
-        fingerprint: What must be equal for two results to be comparable; flat.
+        fingerprint: What must be equal for two results to be comparable; flat. With quality metrics
+            ``tokens``: the scored tokens of one chunk.
         metrics: Samples of each launch, for each metric, in the metric's unit. Metrics with as
-            many launches as each other come from the same launches, in the same order.
+            many launches as each other come from the same launches, in the same order. Of a
+            quality metric the values of each chunk of one pass, all of them.
     """
 
     fingerprint: Mapping[str, Scalar]
@@ -90,8 +99,8 @@ class Change:
         metric: Name of the metric.
         old: Value before, None if there was none.
         new: Value after, None if the metric was dropped with its outdated fingerprint.
-        launches_before: Launches before.
-        launches_after: Launches after.
+        launches_before: Launches before, chunks of a quality metric.
+        launches_after: Launches after, likewise.
         replaced: The fingerprint differed, so older launches were discarded.
     """
 
@@ -137,7 +146,7 @@ def lock_path(path: Path) -> Path:
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     cache = os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_dir("pytest-llmperf")
-    return Path(cache).expanduser() / "locks" / f"{name}.lock"
+    return expanded(cache) / "locks" / f"{name}.lock"
 
 
 def update(
@@ -147,6 +156,7 @@ def update(
     machine: Mapping[str, object],
     recorded: Mapping[str, object],
     measured: Mapping[str, Measured],
+    references: Mapping[str, Kept] = MappingProxyType({}),
     most_launches: int = MOST_LAUNCHES,
 ) -> list[Change]:
     """Add measured launches to a baseline file, which is made if there is none.
@@ -154,13 +164,17 @@ def update(
     Launches that the file already holds are not added again, so that an update made twice is
     made once. A case whose fingerprint differs is replaced; all else in the file stays.
 
+    The chunks of a quality metric are those of one pass: they replace the ones that the file holds,
+    and the value is that of the whole pass.
+
     Args:
         path: ``BUILD/MACHINE.json``.
         build: As in the file; ``label`` at least.
         machine: As in the file; ``key`` at least.
         recorded: As in the file, with ``by`` ``measured``.
         measured: What was measured, for each case ``CONFIG/WORKLOAD``.
-        most_launches: Launches kept for a metric of a case.
+        references: What answers were compared with, for cases of ``measured`` that need it later.
+        most_launches: Launches kept for a metric of a case; chunks are all kept.
 
     Returns:
         What changed; empty if nothing did, and then the file is not touched.
@@ -193,8 +207,12 @@ def update(
                 for change in _merge(case, checked[case], results, fingerprints, most_launches)
             ]
             if changes:
+                for case, kept in references.items():
+                    keep_reference(path, case, kept)
                 new = Baseline(build, machine, recorded, results, fingerprints)
                 write_atomic(path, dump(new))
+                named = {str(entry.get("reference", "")) for entry in fingerprints.values()}
+                drop_references(path, named)
             return changes
     except OSError as error:
         raise BaselineError(f"{path}: cannot be updated: {error}") from error
@@ -287,13 +305,36 @@ def _locked(path: Path) -> Iterator[None]:
 def _checked(case: str, entry: Measured, place: Place, most: int) -> Measured:
     """``entry`` as the file would hold it, so that it can be compared with what is there."""
     check_case(case, place)
+    fingerprint = check_fingerprint(entry.fingerprint, place.at("fingerprint"))
     metrics: dict[str, tuple[Launch, ...]] = {}
     for name, launches in entry.metrics.items():
         check_metric(name, place.at(name))
         checked = check_launches(launches, place.at(name))
-        metrics[name] = tuple(tuple(rounded(v) for v in one) for one in checked[-most:])
-    fingerprint = check_fingerprint(entry.fingerprint, place.at("fingerprint"))
+        if _is_pass(name):
+            _check_pass(name, checked, fingerprint, place)
+        else:
+            checked = checked[-most:]
+        metrics[name] = tuple(tuple(rounded(v) for v in one) for one in checked)
     return Measured(fingerprint, metrics)
+
+
+def _is_pass(name: str) -> bool:
+    """Whether a metric's lists are the chunks of one pass, not launches."""
+    return METRICS[name].scope == "quality"
+
+
+def _check_pass(
+    name: str, chunks: tuple[Launch, ...], fingerprint: Mapping[str, Scalar], place: Place
+) -> None:
+    """Refuse a pass that could not be judged."""
+    if name not in QUALITY:
+        raise place.at(name).error(f"is only published, record one of {', '.join(QUALITY)}")
+    tokens = fingerprint.get("tokens")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        where = place.at("fingerprint").at("tokens")
+        raise where.error(f"{name} needs the number of scored tokens of a chunk, got {tokens!r}")
+    if wrong := complaint(METRICS[name], chunks, tokens):
+        raise place.at(name).error(f"cannot be recorded: {wrong}")
 
 
 def _check_same(
@@ -343,10 +384,14 @@ def _merge(
     held = {name: recorded.launches or () for name, recorded in kept.items()}
     after = dict(kept)
     for name, launches in _unseen(entry.metrics, held).items():
-        together = (*held.get(name, ()), *launches)[-most:]
-        value = rounded(float(median(median(launch) for launch in together)))
         metric = METRICS[name]
-        after[name] = Recorded(metric.unit, metric.better, together, value)
+        if _is_pass(name):
+            together = tuple(launches)
+            value = pooled(metric, together, int(entry.fingerprint["tokens"]))
+        else:
+            together = (*held.get(name, ()), *launches)[-most:]
+            value = float(median(median(launch) for launch in together))
+        after[name] = Recorded(metric.unit, metric.better, together, rounded(value))
     changes = [
         _change(case, name, before.get(name), after.get(name), replaced=replaced)
         for name in sorted({*before, *after})
@@ -363,6 +408,8 @@ def _unseen(
 ) -> dict[str, list[Launch]]:
     """The launches of each metric that are not held yet; metrics without any are left out.
 
+    Of a quality metric all chunks, unless just these are held.
+
     A launch is known by its timings: no two launches have the same. Sizes do repeat from launch
     to launch, so a launch's sizes count as held when its timings do. Without timings to go by,
     a value is new as often as it was measured more often than it is held.
@@ -374,6 +421,8 @@ def _unseen(
         marks = [mark for mark in timings if len(batches[mark]) == len(batch)]
         if name not in held:
             fresh = batch
+        elif _is_pass(name):
+            fresh = batch if tuple(batch) != held[name] else []
         elif marks:
             known = {
                 index

@@ -43,6 +43,7 @@ from pytest_llmperf.judge._common import (
     prior_json,
     sign,
     without_logs,
+    would_tell,
 )
 from pytest_llmperf.judge.decide import failed, missing
 from pytest_llmperf.judge.sequential import (
@@ -62,7 +63,6 @@ from pytest_llmperf.judge.statistics import (
     difference_estimate,
     log_means,
     smallest,
-    student_t_ppf,
 )
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
@@ -72,9 +72,6 @@ FEWEST_RECORDED = 3
 
 MOST_LAUNCHES = 64
 """Most launches that an INCONCLUSIVE verdict asks for; nobody waits for more."""
-
-POWER = 0.8
-"""The chance of a clear verdict that the number of missing launches is worked out for."""
 
 
 def stored_plan(launches: int = 3) -> Plan:
@@ -235,15 +232,12 @@ def _lacking(recorded: int, look: Look) -> tuple[dict[str, int] | None, str]:
 
 def _missing(look: Look, counts: tuple[int, int]) -> dict[str, int] | None:
     """Launches missing until an effect this far from the margin is clear with ``POWER``."""
-    worse, alpha = look.worse, look.needed_alpha
-    distance = abs(worse.effect - look.margin)
     k, n = counts
-    s2 = worse.se**2 / (1 / k + 1 / n)
 
     def enough(k_then: int, n_then: int) -> bool:
-        df = worse.df + (k_then - k) + (n_then - n)
-        reach = student_t_ppf(1 - alpha, df) + student_t_ppf(POWER, df)
-        return distance >= reach * math.sqrt(s2 * (1 / k_then + 1 / n_then))
+        shrink = math.sqrt((1 / k_then + 1 / n_then) / (1 / k + 1 / n))
+        more = k_then - k + n_then - n
+        return would_tell(look.worse, look.margin, look.needed_alpha, more=more, shrink=shrink)
 
     # One more at least: this verdict has shown that what there is does not suffice.
     more_new = smallest(lambda size: enough(k, size), n + 1, max(MOST_LAUNCHES, n + 1))

@@ -109,6 +109,7 @@ class Session:
             ("kv_mib", facts.kv_mib),
             ("compute_mib", facts.compute_mib),
             ("offloaded_layers", facts.offloaded_layers),
+            ("graph_splits", facts.graph_splits),
             ("n_ctx", room or None),
         ):
             if value is not None:

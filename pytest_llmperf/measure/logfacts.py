@@ -1,4 +1,4 @@
-"""What a llama-server's log tells about memory: buffer sizes and offloaded layers."""
+"""What a llama-server's log tells about memory and devices."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 _LOADED = re.compile(r"loaded meta data with .* tensors from (.+?)(?: \(version GGUF .*)?$")
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
+# `splits = 2` or, for two sizes of batch, `splits = 66 (with bs=512), 3 (with bs=1)`.
+_SPLITS = re.compile(r"graph(?::.*?)? splits = (\d+)(?: \(with bs=\d+\), (\d+))?")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
 @dataclass(frozen=True, slots=True)
 class LogFacts:
-    """Memory as the server's log tells it, in MiB, all devices together.
+    """Memory as the server's log tells it, in MiB, all devices together, and what runs where.
 
     Attributes:
         model_mib: Weights, or None if the log has no such line.
@@ -20,6 +22,8 @@ class LogFacts:
         compute_mib: Compute and output buffers.
         offloaded_layers: Layers on the GPU, None where the log does not say.
         layers: Layers there are.
+        graph_splits: Parts that the graph is cut into because its operations run on several
+            devices, at the batch size with the most; None where the log does not say.
         devices: Device (``CUDA0``, ``CPU``, ``CPU_Mapped``) to MiB of all its buffers.
     """
 
@@ -28,6 +32,7 @@ class LogFacts:
     compute_mib: float | None
     offloaded_layers: int | None
     layers: int | None
+    graph_splits: int | None
     devices: dict[str, float]
 
 
@@ -54,6 +59,7 @@ def read_log(text: str) -> LogFacts:
     sums: dict[str, float] = {}
     devices: dict[str, float] = {}
     offloaded: tuple[int, int] | None = None
+    splits: int | None = None
     for lines in loads.values():
         for line in lines:
             if found := _BUFFER.search(line):
@@ -64,11 +70,14 @@ def read_log(text: str) -> LogFacts:
                 done, total = int(layers.group(1)), int(layers.group(2))
                 before = offloaded or (0, 0)
                 offloaded = (before[0] + done, before[1] + total)
+            elif cut := _SPLITS.search(line):
+                splits = max(splits or 0, *(int(part) for part in cut.groups() if part))
     return LogFacts(
         model_mib=sums.get("model"),
         kv_mib=sums.get("kv"),
         compute_mib=sums.get("compute"),
         offloaded_layers=offloaded[0] if offloaded else None,
         layers=offloaded[1] if offloaded else None,
+        graph_splits=splits,
         devices=devices,
     )

@@ -1,4 +1,4 @@
-"""Finds the file of a model, and says whether it is the one the suite means."""
+"""Finds or makes the file of a model, and says whether it is the one the suite means."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files as package_files
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock
 
 from pytest_llmperf.errors import ModelError
+from pytest_llmperf.files import expanded
 from pytest_llmperf.plan.model import Model
 
 _log = logging.getLogger(__name__)
@@ -21,22 +24,30 @@ _LFS = b"version https://git-lfs"
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
 _CHUNK = 4 << 20
 _WHERE = "add its folder with --llmperf-models=DIR or LLMPERF_MODELS"
+_NO_MODELS: Mapping[str, Model] = MappingProxyType({})
 
 
-def locate(model: Model, folders: Sequence[Path], cache: Path) -> Path:
+def locate(
+    model: Model, folders: Sequence[Path], cache: Path, models: Mapping[str, Model] = _NO_MODELS
+) -> Path:
     """Return the GGUF file of `model`; of a split one, its first part.
 
     Args:
-        model: A file to be found, or a shape to be made.
-        folders: Searched in this order: each itself, then the folders in it by name.
+        model: A file to be found, a shape to be made, or another model to be quantized.
+        folders: Searched in this order: each itself, then the folders in it by name. After them
+            come the models that this package ships.
         cache: Models that the project makes are kept in ``cache/models``.
+        models: Those of the suite file by name, to quantize from.
 
     Returns:
         An absolute path.
 
     Raises:
-        ModelError: If there is no such file, a part of it is missing, or it is no GGUF.
+        ModelError: If there is no such file, a part of it is missing, it is no GGUF, what is to
+            be quantized has another hash than the suite says, or it cannot be made.
     """
+    if model.source is not None:
+        return _quantized(model, folders, cache, models)
     if model.synth is not None:
         # numpy is slow to import, and most runs make no model.
         from pytest_llmperf.models.synth import make_model  # noqa: PLC0415
@@ -148,9 +159,28 @@ def check_sha256(
         )
 
 
+def _quantized(
+    model: Model, folders: Sequence[Path], cache: Path, models: Mapping[str, Model]
+) -> Path:
+    """Return the file of a model that is made from another one."""
+    source = models.get(model.source or "")
+    if source is None:
+        raise ModelError(f"model `{model.name}`: no model `{model.source}` to quantize from")
+    path = locate(source, folders, cache)
+    # Here, because nobody checks the hash of a model that no test uses itself.
+    check_sha256(source, path, cache)
+    # It starts processes, and most runs make no model.
+    from pytest_llmperf.models.quantize import quantize_model  # noqa: PLC0415
+
+    try:
+        return quantize_model(path, model.quantize or "", cache)
+    except ModelError as error:
+        raise ModelError(f"model `{model.name}`: {error}") from error
+
+
 def _find(model: Model, folders: Sequence[Path]) -> Path:
     """Return the first file that the name of `model` fits."""
-    name = Path(model.file or "").expanduser()
+    name = expanded(model.file or "")
     if name.is_absolute():
         if name.is_file():
             return name
@@ -159,6 +189,10 @@ def _find(model: Model, folders: Sequence[Path]) -> Path:
         for candidate in _candidates(folder, name):
             if candidate.is_file():
                 return candidate.absolute()
+    if len(name.parts) == 1:
+        shipped = Path(str(package_files("pytest_llmperf"))) / "data" / name
+        if shipped.is_file():
+            return shipped.absolute()
     if not folders:
         raise ModelError(
             f"model `{model.name}`: no folder is named in which {name} could be: {_WHERE}"

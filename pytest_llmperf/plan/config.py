@@ -1,4 +1,4 @@
-"""What to run, as frozen values: builds, configs, workloads and the cases they make."""
+"""What to run, as frozen values: builds, configs, workloads, passes and the cases they make."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pytest_llmperf.plan.options import OptionValue
 
@@ -48,6 +49,10 @@ class Config:
         tolerances: Relative tolerances that win over those of the suite file.
         help: One line for people.
         reference: Where the config comes from.
+        against: What its answers are compared with: a config, or a file of recorded
+            distributions; ``""`` for its own answers on the baseline's build.
+        budgets: Quality metric to the value, in its unit, that must not be exceeded whatever the
+            baseline.
     """
 
     name: str
@@ -58,6 +63,8 @@ class Config:
     tolerances: Mapping[str, float] = field(default_factory=dict)
     help: str = ""
     reference: str = ""
+    against: str = ""
+    budgets: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +99,70 @@ class Workload:
         return hashlib.sha256(lengths.encode()).hexdigest()[:16]
 
 
+PassPath = Literal["auto", "tool", "server"]
+"""How a corpus is passed: by llama-perplexity, by asking llama-server token by token, or by the
+tool where every build that is compared has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPass:
+    """A corpus passed through a model to see how well it answers.
+
+    Attributes:
+        name: As in ``[passes.NAME]``; part of the node id.
+        corpus: Text file: its path, or the name of one that ships with the package.
+        context: Tokens of a chunk; the second half of each is scored.
+        batch: Logical batch, in tokens.
+        ubatch: Physical batch, in tokens; 1 takes the kernels of decoding.
+        chunks: Chunks to pass, None for the whole corpus.
+        path: Who computes the log-probabilities.
+        marks: Marks of its tests.
+        help: One line for people.
+    """
+
+    name: str
+    corpus: str
+    context: int = 512
+    batch: int = 512
+    ubatch: int = 512
+    chunks: int | None = None
+    path: PassPath = "auto"
+    marks: tuple[str, ...] = ()
+    help: str = ""
+
+    def digest(self) -> str:
+        """Return a short hash of all that changes the numbers, but for the text and the path."""
+        sizes = json.dumps([self.context, self.batch, self.ubatch, self.chunks])
+        return hashlib.sha256(sizes.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One config under one workload, or one config alone (``workload`` is None)."""
+    """One config under one workload or corpus pass, or one config alone.
+
+    Raises:
+        ValueError: If it has both a workload and a pass.
+    """
 
     config: Config
-    workload: Workload | None
+    workload: Workload | None = None
+    corpus_pass: CorpusPass | None = None
+
+    def __post_init__(self) -> None:
+        if self.workload is not None and self.corpus_pass is not None:
+            raise ValueError("a case has a workload or a pass, not both")
+
+    @property
+    def _what(self) -> str:
+        what = self.workload or self.corpus_pass
+        return "" if what is None else what.name
 
     @property
     def id(self) -> str:
         """The part of the node id between the brackets."""
-        return (
-            self.config.name
-            if self.workload is None
-            else f"{self.config.name}-{self.workload.name}"
-        )
+        return f"{self.config.name}-{self._what}" if self._what else self.config.name
 
     @property
     def key(self) -> str:
-        """The key in a baseline file: ``<config>/<workload>``."""
-        return f"{self.config.name}/{LAUNCH if self.workload is None else self.workload.name}"
+        """The key in a baseline file: ``<config>/<workload>`` or ``<config>/<pass>``."""
+        return f"{self.config.name}/{self._what or LAUNCH}"

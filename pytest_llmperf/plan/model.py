@@ -1,4 +1,4 @@
-"""Which model a config loads: a GGUF file, or one the project makes itself."""
+"""Which model a config loads: a GGUF file, one the project makes, or one it quantizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from pytest_llmperf.errors import PlanError
+from pytest_llmperf.errors import PlanError, nearest
 
 QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Weight types that a model can be made in: those the package `gguf` can encode and that
@@ -16,6 +16,16 @@ every build since 2025 runs on every device."""
 BLOCK = 32
 """Values in one block of each of those types, and of each type of quantized KV cache."""
 
+FLOATS = ("F32", "F16", "BF16")
+"""Weight types of a model that another one can be quantized from."""
+
+WEIGHT_TYPES = (
+    *("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
+    *("Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4"),
+)
+"""Weight types that a model can be quantized to from another one: each of them ggml encodes
+without an importance matrix."""
+
 LEAST_VOCAB = 512
 """Control tokens, 256 bytes, the characters of the text, and some room to merge them."""
 
@@ -23,6 +33,7 @@ GENERATION = 1
 """Part of the digest. Goes up with every change of the recipe or of the text, so that a file
 made by the recipe before is never taken for one made by this."""
 
+_MIXTURE = re.compile(r"(?P<kind>\w+?)_(?:S|M|L|XS|XL|MOE)")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
 
 
@@ -110,11 +121,14 @@ class Model:
         file: File name or path of a GGUF, looked up in the model folders; of a split one, its
             first part.
         synth: Shape of a model to be made instead.
+        source: Name of the model to be quantized instead; the key ``from``.
+        quantize: What its matrices become, all of them, one of :data:`WEIGHT_TYPES`.
         sha256: What the file must hash to, 64 hexadecimal digits, kept in lower case.
         help: One line for people.
 
     Raises:
-        PlanError: If there is not exactly one of ``file`` and ``synth``, or no such hash.
+        PlanError: If there is not exactly one of ``file``, ``synth`` and ``from`` with
+            ``quantize``, or no such weight type, or no such hash.
     """
 
     name: str
@@ -122,11 +136,18 @@ class Model:
     synth: SynthSpec | None = None
     sha256: str | None = None
     help: str = ""
+    source: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.file is None) == (self.synth is None):
-            found = "neither" if self.file is None else "both"
-            raise PlanError(f"model `{self.name}` needs one of `file` and `synth`, has {found}")
+        keys = {"file": self.file, "synth": self.synth, "from": self.source}
+        found = [f"`{key}`" for key, value in keys.items() if value is not None]
+        if len(found) != 1:
+            raise PlanError(
+                f"model `{self.name}` needs one of `file`, `synth`, and `from` with `quantize`, "
+                f"has {' and '.join(found) or 'none'}"
+            )
+        self._check_quantize()
         if self.file is not None and not self.file.strip():
             raise PlanError(f"`file` of model `{self.name}` is empty: name a GGUF file")
         if self.sha256 is not None:
@@ -136,6 +157,34 @@ class Model:
                     f"not {self.sha256!r}: print them with sha256sum"
                 )
             object.__setattr__(self, "sha256", self.sha256.lower())
+
+    def _check_quantize(self) -> None:
+        """Check that there is a weight type where a model is quantized, and only there."""
+        types = ", ".join(WEIGHT_TYPES)
+        if self.quantize is None:
+            if self.source is not None:
+                raise PlanError(
+                    f"model `{self.name}` has `from` and lacks `quantize`: name one of {types}"
+                )
+            return
+        if self.source is None:
+            raise PlanError(
+                f"model `{self.name}` has `quantize` and lacks `from`: "
+                "name the model in [models] that is to be quantized"
+            )
+        if self.quantize in WEIGHT_TYPES:
+            return
+        mixture = _MIXTURE.fullmatch(self.quantize.upper())
+        if mixture and mixture["kind"] in WEIGHT_TYPES:
+            raise PlanError(
+                f"`quantize` of model `{self.name}`: {self.quantize} is a mixture of types, and "
+                f"here every matrix gets the same type: write {mixture['kind']}, or make the "
+                "mixture with llama-quantize and name its file with `file`"
+            )
+        raise PlanError(
+            f"`quantize` of model `{self.name}` must be one of {types}, "
+            f"not {self.quantize!r}{nearest(self.quantize.upper(), WEIGHT_TYPES)}"
+        )
 
 
 def _around(value: int, step: int) -> str:

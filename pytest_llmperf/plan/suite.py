@@ -1,29 +1,45 @@
-"""Reads a suite file: models, builds, configs, workloads and tolerances.
+"""Reads a suite file: models, builds, configs, workloads, passes and tolerances.
 
 Every mistake is one line with file and line number, and says what would be right.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast, get_args
 
 from pytest_llmperf.errors import PlanError, nearest
-from pytest_llmperf.metrics import check_tolerance
-from pytest_llmperf.plan.config import LAUNCH, BuildEntry, Case, Config, Turn, Workload
+from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, check_tolerance
+from pytest_llmperf.plan.config import (
+    LAUNCH,
+    BuildEntry,
+    Case,
+    Config,
+    CorpusPass,
+    PassPath,
+    Turn,
+    Workload,
+)
 from pytest_llmperf.plan.env_file import read_env_file
 from pytest_llmperf.plan.lines import line_of
-from pytest_llmperf.plan.model import Model, SynthSpec
+from pytest_llmperf.plan.model import FLOATS, Model, SynthSpec
 from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_WORKLOAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
-_SECTIONS = ("models", "builds", "configs", "workloads", "tolerances")
+_ENDING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
+_LEAST_CONTEXT = 32
+_LEAST_CHUNKS = 4
+_SIZES = ("context", "batch", "ubatch", "chunks")
+
+REFERENCE_SUFFIXES = (".kldref", ".kld")
+"""Ends of the names of recorded distributions: compact ones, and those of llama-perplexity."""
+_SECTIONS = ("models", "builds", "configs", "workloads", "passes", "tolerances")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +52,7 @@ class Suite:
         builds: By name.
         configs: By name, in the order of the file.
         workloads: By name, in the order of the file.
+        passes: By name, in the order of the file.
         tolerances: Metric name to relative tolerance.
     """
 
@@ -44,32 +61,46 @@ class Suite:
     builds: Mapping[str, BuildEntry]
     configs: Mapping[str, Config]
     workloads: Mapping[str, Workload]
+    passes: Mapping[str, CorpusPass]
     tolerances: Mapping[str, float]
 
     def cases(
-        self, configs: Sequence[str] | None = None, workloads: Sequence[str] | None = None
+        self,
+        configs: Sequence[str] | None = None,
+        workloads: Sequence[str] | None = None,
+        passes: Sequence[str] | None = None,
     ) -> list[Case]:
-        """Return the cases of the named configs and workloads, configs outermost.
+        """Return the cases of the named configs with workloads or passes, configs outermost.
 
         Args:
             configs: Names, or None for every config of the file.
-            workloads: Names; None or empty gives one case a config, without a workload.
+            workloads: Names.
+            passes: Names. Without workloads and passes there is one case a config.
 
         Raises:
             PlanError: If a name is not in the file.
         """
         names = list(self.configs) if configs is None else configs
         chosen = [self._named(name, self.configs, "config") for name in names]
-        if not workloads:
-            return [Case(config, None) for config in chosen]
-        asked = [self._named(name, self.workloads, "workload") for name in workloads]
-        return [Case(config, workload) for config in chosen for workload in asked]
+        asked = [self._named(name, self.workloads, "workload") for name in workloads or ()]
+        passed = [self._named(name, self.passes, "pass") for name in passes or ()]
+        if not asked and not passed:
+            return [Case(config) for config in chosen]
+        return [
+            case
+            for config in chosen
+            for case in (
+                *(Case(config, workload=workload) for workload in asked),
+                *(Case(config, corpus_pass=one) for one in passed),
+            )
+        ]
 
     def _named(self, name: str, table: Mapping[str, _T], what: str) -> _T:
         if name not in table:
+            plural = "es" if what == "pass" else "s"
             raise PlanError(
                 f"no {what} `{name}`{nearest(name, table)}: "
-                f"there are {', '.join(table) or f'no {what}s'}",
+                f"there are {', '.join(table) or f'no {what}' + plural}",
                 self.path,
             )
         return table[name]
@@ -128,13 +159,12 @@ class _Reader:
         read: Callable[[str, dict[str, object]], _T],
     ) -> dict[str, _T]:
         entries = self.table(document.get(section, {}), section)
-        pattern = _WORKLOAD_NAME if section == "workloads" else _NAME
+        # Such a name ends the node id `config-workload`: no dash, or ids collide.
+        ends = section in {"workloads", "passes"}
+        pattern = _ENDING_NAME if ends else _NAME
         for name in entries:
             if not pattern.fullmatch(name):
-                # A workload's name ends the node id `config-workload`: no dash, or ids collide.
-                allowed = "letters, digits, `.` and `_`" + (
-                    "" if section == "workloads" else ", `-`"
-                )
+                allowed = "letters, digits, `.` and `_`" + ("" if ends else ", `-`")
                 raise self.fail(
                     f"`{name}` is no name for [{section}]: use {allowed}", section, name
                 )
@@ -146,7 +176,7 @@ class _Reader:
 
     def model(self, name: str, table: dict[str, object]) -> Model:
         where = ("models", name)
-        self.keys(table, ("file", "synth", "sha256", "help"), *where)
+        self.keys(table, ("file", "synth", "from", "quantize", "sha256", "help"), *where)
         try:
             synth = None
             if "synth" in table:
@@ -165,6 +195,8 @@ class _Reader:
                 name=name,
                 file=self.take(table, "file", str, "", *where) or None,
                 synth=synth,
+                source=self.take(table, "from", str, "", *where) or None,
+                quantize=self.take(table, "quantize", str, "", *where) or None,
                 sha256=self.take(table, "sha256", str, "", *where) or None,
                 help=self.take(table, "help", str, "", *where),
             )
@@ -172,6 +204,33 @@ class _Reader:
             if error.file is not None:
                 raise
             raise self.fail(str(error), *where) from error
+
+    def sources(self, models: Mapping[str, Model]) -> None:
+        """Check that what is quantized is a model of the file, and of floats as far as known."""
+        for model in models.values():
+            if model.source is None:
+                continue
+            where = ("models", model.name, "from")
+            others = [name for name in models if name != model.name]
+            if model.source not in others:
+                raise self.fail(
+                    f"model `{model.name}` is from `{model.source}`, which is no other model"
+                    f"{nearest(model.source, others)}: there are {', '.join(others) or 'none'}",
+                    *where,
+                )
+            if (first := models[model.source].source) is not None:
+                raise self.fail(
+                    f"model `{model.name}` is from `{model.source}`, itself quantized from "
+                    f"`{first}`: quantize from `{first}`, or the error adds up",
+                    *where,
+                )
+            shape = models[model.source].synth
+            if shape is not None and shape.quant not in FLOATS:
+                raise self.fail(
+                    f"model `{model.name}` is from `{model.source}`, which is made in "
+                    f'{shape.quant}: set quant = "F16" in its `synth`, or the error adds up',
+                    *where,
+                )
 
     def build(self, name: str, table: dict[str, object]) -> BuildEntry:
         where = ("builds", name)
@@ -255,6 +314,97 @@ class _Reader:
             raise self.fail("lacks `turns`, such as [{ prompt = 64, generate = 64 }]", *where)
         return Workload(name, tuple(turns), self.take(table, "help", str, "", *where))
 
+    def corpus_pass(self, name: str, table: dict[str, object]) -> CorpusPass:
+        where = ("passes", name)
+        self.keys(table, ("corpus", *_SIZES, "path", "marks", "help"), *where)
+        if name == LAUNCH:
+            raise self.fail(f"`{LAUNCH}` is taken: it stands for what a start alone shows", *where)
+        corpus = self.take(table, "corpus", str, "", *where)
+        if not corpus:
+            raise self.fail('lacks `corpus`, a text file such as "wiki.test.raw"', *where)
+        given: dict[str, int] = {}
+        for key in _SIZES:
+            value = table.get(key)
+            if value is None:
+                continue
+            # Fewer chunks tell nothing of how chunks differ.
+            least = _LEAST_CHUNKS if key == "chunks" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise self.fail(
+                    f"`{key}` must be a whole number, at least {least}, not {value!r}", *where, key
+                )
+            given[key] = value
+        context = given.get("context", 512)
+        if context < _LEAST_CONTEXT:
+            raise self.fail(
+                f"`context` must be {_LEAST_CONTEXT} tokens at least, not {context}",
+                *where,
+                "context",
+            )
+        # A larger batch takes several chunks at once, which nobody serves.
+        batch = given.get("batch", context)
+        ubatch = given.get("ubatch", min(batch, 512))
+        if not ubatch <= batch <= context:
+            raise self.fail(
+                f"needs ubatch <= batch <= context, not {ubatch}, {batch}, {context}", *where
+            )
+        path = self.take(table, "path", str, "auto", *where)
+        if path not in get_args(PassPath):
+            raise self.fail(
+                f"`path` must be one of {', '.join(get_args(PassPath))}, not {path!r}",
+                *where,
+                "path",
+            )
+        return CorpusPass(
+            name=name,
+            corpus=corpus,
+            context=context,
+            batch=batch,
+            ubatch=ubatch,
+            chunks=given.get("chunks"),
+            path=cast("PassPath", path),
+            marks=self.strings(table, "marks", *where),
+            help=self.take(table, "help", str, "", *where),
+        )
+
+    def budgets(self, table: object, *where: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        known = [
+            metric.name
+            for metric in METRICS.values()
+            if metric.scope == "quality" and metric.name not in PUBLISHED_ONLY
+        ]
+        for key, value in self.table(table, *where).items():
+            if key not in known:
+                raise self.fail(
+                    f"`{key}` has no budget{nearest(key, known)}: there are {', '.join(known)}",
+                    *where,
+                    key,
+                )
+            unit = METRICS[key].unit
+            number = value if isinstance(value, int | float) else 0
+            if isinstance(value, bool) or not 0 < number < math.inf:
+                raise self.fail(
+                    f"`{key}` must be a number of {unit} above 0, not {value!r}", *where, key
+                )
+            found[key] = float(number)
+        return found
+
+    def against(
+        self, table: Mapping[str, object], tables: Collection[str], default: str, *where: str
+    ) -> str:
+        value = self.take(table, "against", str, default, *where)
+        is_file = "/" in value or Path(value).suffix in REFERENCE_SUFFIXES
+        if value and value not in tables and not is_file:
+            raise self.fail(
+                f"against `{value}`, which is no config{nearest(value, tables)} and no file: a "
+                f"file of recorded distributions ends in {' or '.join(REFERENCE_SUFFIXES)}",
+                *where,
+                "against",
+            )
+        # Against itself is what an empty one means.
+        return "" if value == where[-1] else value
+
     def configs(
         self, tables: dict[str, dict[str, object]], models: Collection[str]
     ) -> dict[str, Config]:
@@ -266,7 +416,7 @@ class _Reader:
             where = ("configs", name)
             table = tables[name]
             allowed = ("model", "extends", "options", "env-file", "gpu", "marks", "tolerances")
-            self.keys(table, (*allowed, "help", "reference"), *where)
+            self.keys(table, (*allowed, "against", "budgets", "help", "reference"), *where)
             parent: Config | None = None
             if "extends" in table:
                 base = self.take(table, "extends", str, "", *where)
@@ -301,6 +451,7 @@ class _Reader:
                     )
                 from_file = read_env_file(self.path.parent / env_file)
             tolerances = self.tolerances(table.get("tolerances", {}), *where, "tolerances")
+            budgets = self.budgets(table.get("budgets", {}), *where, "budgets")
             inherited: Mapping[str, OptionValue] = parent.options if parent else {}
             done[name] = Config(
                 name=name,
@@ -315,6 +466,8 @@ class _Reader:
                 reference=self.take(
                     table, "reference", str, parent.reference if parent else "", *where
                 ),
+                against=self.against(table, tables, parent.against if parent else "", *where),
+                budgets={**(parent.budgets if parent else {}), **budgets},
             )
             return done[name]
 
@@ -348,12 +501,21 @@ def load_suite(path: Path) -> Suite:
     reader = _Reader(path, text)
     reader.keys(document, _SECTIONS)
     models = reader.each(document, "models", reader.model)
+    reader.sources(models)
     tables = reader.each(document, "configs", lambda _name, table: table)
+    workloads = reader.each(document, "workloads", reader.workload)
+    passes = reader.each(document, "passes", reader.corpus_pass)
+    for name in passes:
+        if name in workloads:
+            raise reader.fail(
+                f"`{name}` is a workload already: choose another name", "passes", name
+            )
     return Suite(
         path=path,
         models=models,
         builds=reader.each(document, "builds", reader.build),
         configs=reader.configs(tables, models),
-        workloads=reader.each(document, "workloads", reader.workload),
+        workloads=workloads,
+        passes=passes,
         tolerances=reader.tolerances(document.get("tolerances", {}), "tolerances"),
     )

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
 from typing import BinaryIO
 
-from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import LlmperfError, ToolError
-from pytest_llmperf.plan.options import OptionValue
-from pytest_llmperf.quality.divergence import Summary, compare, summarize
+from pytest_llmperf.errors import LlmperfError, RunError, ToolError
+from pytest_llmperf.quality.divergence import TokenDivergences, compare
 from pytest_llmperf.quality.logits import LogitsReader
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, run_perplexity
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One of the two passes.
-
-    Attributes:
-        build: Whose tool.
-        options: Config's options, in the newest names.
-        model: GGUF file.
-    """
-
-    build: Build
-    options: Mapping[str, OptionValue]
-    model: Path
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
+from pytest_llmperf.quality.side import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +21,12 @@ class Compared:
     Attributes:
         base: The pass that is diverged from.
         new: The pass of the build under test.
-        summary: Divergences of the second from the first.
+        tokens: Divergences of the second from the first.
     """
 
     base: Perplexity
     new: Perplexity
-    summary: Summary
+    tokens: TokenDivergences
 
 
 def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compared:
@@ -57,7 +40,7 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
 
     Raises:
         BuildError: If a build has no such tool or does not know an option.
-        ToolError: If a tool did not get through; what the other did is in its log.
+        RunError: If a pass did not get through; what the other did is in its log.
         BaselineError: If the streams are about different tokens, or one of them is damaged.
     """
     meeting = _Meeting()
@@ -66,13 +49,8 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
 
     def run(name: str, side: Side) -> None:
         try:
-            passes[name] = run_perplexity(
-                side.build,
-                side.options,
-                side.model,
-                corpus,
-                plan,
-                consume=lambda stream: meeting.arrive(name, stream, side.build.label),
+            passes[name] = side.run(
+                corpus, plan, lambda stream: meeting.arrive(name, stream, side.build.label)
             )
         except LlmperfError as error:
             errors[name] = error
@@ -86,23 +64,18 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
     finally:
         meeting.leave("new")
         thread.join()
-    _check(passes, errors)
-    if meeting.summary is None:  # pragma: no cover - two whole passes have met
+    if errors:
+        raise min(errors.values(), key=_consequence)
+    if meeting.tokens is None:  # pragma: no cover - two whole passes have met
         raise ToolError("the two passes were never compared")
-    return Compared(passes["base"], passes["new"], meeting.summary)
+    return Compared(passes["base"], passes["new"], meeting.tokens)
 
 
-def _check(passes: Mapping[str, Perplexity], errors: Mapping[str, LlmperfError]) -> None:
-    """Raise what went wrong first: a tool's own failure before what it did to the other pass."""
-    for name in ("base", "new"):
-        if name in passes and passes[name].failure:
-            raise ToolError(
-                f"llama-perplexity {passes[name].failure}; perplexity so far "
-                f"{passes[name].value:.4f}; log: {passes[name].log}"
-            )
-    own = [error for error in errors.values() if not isinstance(error, _LeftAloneError)]
-    if own or errors:
-        raise (own or list(errors.values()))[0]
+def _consequence(error: LlmperfError) -> int:
+    """Rank errors: a program's own failure, the stream it broke off, what that did to the other."""
+    if isinstance(error, _LeftAloneError):
+        return 2
+    return 0 if isinstance(error, RunError) else 1
 
 
 class _LeftAloneError(ToolError):
@@ -113,7 +86,7 @@ class _LeftAloneError(ToolError):
 class _Meeting:
     """Where the readers of two streams wait for each other; the second pass's thread compares."""
 
-    summary: Summary | None = None
+    tokens: TokenDivergences | None = None
     _readers: dict[str, LogitsReader] = field(default_factory=dict)
     _left: set[str] = field(default_factory=set)
     _changed: Condition = field(default_factory=Condition)
@@ -133,14 +106,14 @@ class _Meeting:
             if name == "base":
                 # The other thread reads this stream too, and leaves when it is done.
                 self._changed.wait_for(lambda: other in self._left)
-                if self.summary is None:
+                if self.tokens is None:
                     raise _LeftAloneError("the pass of the build under test ended early")
                 return
             self._changed.wait_for(lambda: other in self._readers or other in self._left)
             if other not in self._readers:
                 raise _LeftAloneError("the pass of the baseline ended early")
         try:
-            self.summary = summarize(compare(self._readers["base"], reader))
+            self.tokens = compare(self._readers["base"], reader)
         finally:
             self.leave(name)
 

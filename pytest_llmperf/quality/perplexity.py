@@ -67,6 +67,8 @@ class PassPlan:
         ubatch: Physical batch, ``-ub``; 1 takes the kernels of decoding.
         chunks: Chunks to pass, None for the whole corpus.
         folder: Run folder; log and FIFO go there.
+        limit: Most seconds that a pass may be expected to take once its first chunks have shown
+            how fast it goes.
         progress: Is told how far it is, at most every two seconds.
     """
 
@@ -75,7 +77,26 @@ class PassPlan:
     ubatch: int = 512
     chunks: int | None = None
     folder: Path = Path()
+    limit: float = math.inf
     progress: Callable[[str], None] = field(default=lambda _text: None)
+
+    def check_time(self, seconds: float, done: int, planned: int) -> None:
+        """Refuse a pass that takes too long before it has taken it.
+
+        Args:
+            seconds: What all of it is expected to take.
+            done: Chunks that this is reckoned from.
+            planned: Chunks in all.
+
+        Raises:
+            ToolError: If that is more than the limit.
+        """
+        if seconds > self.limit:
+            raise ToolError(
+                f"{planned} chunks would take {seconds:.0f} s, reckoned from {done}, and the limit "
+                f"is {self.limit:.0f} s: pass fewer `chunks`, or raise `llmperf_pass_limit` in the "
+                "ini file"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +323,9 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
         left = ""
         if first is not None and len(running) > first[1]:
             each = (now - first[0]) / (len(running) - first[1])
-            left = f", {each * (planned - len(running)):.0f} s left"
+            rest = each * (planned - len(running))
+            plan.check_time(now - began + rest, len(running), planned)
+            left = f", {rest:.0f} s left"
         what = f"{len(running)} of {planned} chunks{left}" if planned else "loading"
         plan.progress(f"perplexity: {what} ({now - began:.0f} s)")
     if reader is not None:

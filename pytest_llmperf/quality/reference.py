@@ -67,6 +67,7 @@ __all__ = [
     "ReferenceSettings",
     "build_reference",
     "compare_reference",
+    "own_divergences",
 ]
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -255,6 +256,24 @@ def compare_reference(
             if progress is not None:
                 progress(block.chunk + 1)
     return result
+
+
+def own_divergences(reference: Reference) -> TokenDivergences:
+    """Return the base's divergences from itself: none, and its own NLLs.
+
+    Raises:
+        BaselineError: The file was altered since it was loaded.
+    """
+    found = TokenDivergences.empty(reference.header)
+    found.kld[:] = 0.0
+    found.same_top[:] = True
+    n_scored = reference.header.n_scored
+    for chunk in range(reference.header.n_chunk):
+        rows, mine = reference.rows(chunk), slice(chunk * n_scored, (chunk + 1) * n_scored)
+        nll = -(rows.scale * rows.next_quanta + rows.floor)
+        found.nll[mine] = found.nll_base[mine] = nll
+        found.at_floor[mine] = found.at_floor_base[mine] = rows.next_quanta == 0
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

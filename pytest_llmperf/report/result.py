@@ -45,6 +45,8 @@ class Result:
         fingerprint: What must be equal for two results to be comparable.
         measured: Metric name to the samples of each launch of the build under test.
         options: The options that say what was compared with what, to repeat it.
+        reference: File of the distributions that the answers of the build under test were compared
+            with, to be kept with a baseline; ``""`` for none.
     """
 
     nodeid: str
@@ -56,6 +58,7 @@ class Result:
     fingerprint: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     measured: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     options: str = ""
+    reference: str = ""
 
     def dumps(self) -> str:
         """Return the result as one line of JSON."""
@@ -68,6 +71,7 @@ class Result:
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "fingerprint": dict(self.fingerprint),
             "options": self.options,
+            "reference": self.reference,
             "measured": {name: [list(one) for one in all_] for name, all_ in self.measured.items()},
         }
         return json.dumps(data, sort_keys=True)
@@ -100,6 +104,7 @@ class Result:
                 fingerprint=data["fingerprint"],
                 measured=data["measured"],
                 options=data["options"],
+                reference=data["reference"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an llmperf result: {error}") from error

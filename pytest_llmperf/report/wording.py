@@ -22,7 +22,8 @@ def figure(value: float | None, unit: str = "") -> str:
 
 def percent(value: float) -> str:
     """Return a signed percentage with one decimal."""
-    return f"{100 * value:+.1f} %"
+    # Adding 0 takes the sign off a change that is rounded to nothing.
+    return f"{round(100 * value, 1) + 0.0:+.1f} %"
 
 
 def interval(verdict: Verdict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.errors import ToolError
 from pytest_llmperf.models.locate import locate
+from pytest_llmperf.plan.config import Config
 from pytest_llmperf.plan.model import Model, SynthSpec
 from pytest_llmperf.plan.options import OptionValue
-from pytest_llmperf.quality.compare import Compared, Side, compare_passes
+from pytest_llmperf.quality.compare import Compared, compare_passes
+from pytest_llmperf.quality.divergence import summarize
 from pytest_llmperf.quality.perplexity import PassPlan, run_perplexity
+from pytest_llmperf.quality.side import Side
+from pytest_llmperf.serve.launch import ServePlan
 
 pytestmark = pytest.mark.tools
 
@@ -37,7 +42,7 @@ def model(shared_cache: Path) -> Path:
 def side(real_server: Path, model: Path, shared_cache: Path) -> Side:
     """The real tools with f16 KV."""
     build = resolve(parse_spec(str(real_server), {}, Path.cwd()), shared_cache, lambda _text: None)
-    return Side(build, OPTIONS, model)
+    return Side(build, Config("f16", "m", OPTIONS), model, "tool", ServePlan(shared_cache))
 
 
 def plan(folder: Path) -> PassPlan:
@@ -48,7 +53,7 @@ def plan(folder: Path) -> PassPlan:
 @pytest.fixture(scope="module")
 def compared(side: Side, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """A quantized KV cache against f16, by streaming."""
-    quantized = Side(side.build, QUANTIZED, side.model)
+    quantized = replace(side, config=Config("q4_0", "m", QUANTIZED))
     return compare_passes(side, quantized, TEXT, plan(tmp_path_factory.mktemp("passes")))
 
 
@@ -69,7 +74,7 @@ def own_figures(side: Side, folder: Path) -> str:
 
 def test_a_real_pass(side: Side, tmp_path: Path) -> None:
     """The final estimate is that of the last chunk, and every chunk has one."""
-    found = run_perplexity(side.build, side.options, side.model, TEXT, plan(tmp_path))
+    found = run_perplexity(side.build, OPTIONS, side.model, TEXT, plan(tmp_path))
     assert not found.partial
     assert len(found.running) == found.planned == CHUNKS
     assert found.value == pytest.approx(found.running[-1], rel=1e-3)
@@ -80,7 +85,7 @@ def test_too_little_text_is_an_error(side: Side, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Not much.", "utf-8")
     with pytest.raises(ToolError, match=r"need at least|is the text at least twice the context"):
-        run_perplexity(side.build, side.options, side.model, short, plan(tmp_path))
+        run_perplexity(side.build, OPTIONS, side.model, short, plan(tmp_path))
 
 
 def test_streamed_figures_are_the_tools_own(compared: Compared, side: Side, tmp_path: Path) -> None:
@@ -88,16 +93,17 @@ def test_streamed_figures_are_the_tools_own(compared: Compared, side: Side, tmp_
     text = own_figures(side, tmp_path)
     found = re.findall(r"^(Mean|Maximum|Same) +(?:KLD|top p):\s+(\S+)", text, re.MULTILINE)
     said = {name: float(value) for name, value in found}
-    assert compared.summary.kld.value == pytest.approx(said["Mean"], rel=1e-3)
-    assert 100 * compared.summary.same_top.value == pytest.approx(said["Same"], abs=5e-4)
-    assert compared.summary.kld_percentiles[100.0] == pytest.approx(said["Maximum"], rel=5e-3)
+    summary = summarize(compared.tokens)
+    assert summary.kld.value == pytest.approx(said["Mean"], rel=1e-3)
+    assert 100 * summary.same_top.value == pytest.approx(said["Same"], abs=5e-4)
+    assert summary.kld_percentiles[100.0] == pytest.approx(said["Maximum"], rel=5e-3)
     [ppl] = re.findall(r"^Mean PPL\(Q\) +: +(\S+)", text, re.MULTILINE)
     # The stream is clipped 16 nats below the likeliest token, and random weights are often wrong.
-    assert compared.summary.ppl.value == pytest.approx(float(ppl), rel=2e-2)
+    assert summary.ppl.value == pytest.approx(float(ppl), rel=2e-2)
 
 
 def test_a_build_does_not_diverge_from_itself(side: Side, tmp_path: Path) -> None:
     """Two passes of one build with one config agree to the format's rounding."""
     found = compare_passes(side, side, TEXT, plan(tmp_path))
-    assert abs(found.summary.kld.value) < 1e-5
-    assert found.summary.same_top.value > 0.999
+    assert abs(found.tokens.kld.mean()) < 1e-5
+    assert found.tokens.same_top.mean() > 0.999

@@ -193,15 +193,6 @@ def test_nothing_to_compare_with_measures_nothing() -> None:
     assert canned.measured == (0, 0)
 
 
-def test_a_quality_metric_is_refused() -> None:
-    """Perplexity is not what a speed test measures: an error, not a pass."""
-    canned = Canned("ppl", around(8.0))
-    verdict = ask(canned, SPEED)
-    assert verdict.outcome is Outcome.ERROR
-    assert "ppl is not measured by a speed or memory test" in verdict.reason
-    assert canned.measured == (0, 0)
-
-
 # -- recorded launches ------------------------------------------------------------------------
 
 

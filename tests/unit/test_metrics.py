@@ -26,6 +26,7 @@ def test_the_metrics_of_the_design_are_there() -> None:
         "n_ctx",
         "ppl",
         "kld_mean",
+        "kld_p999",
         "same_top",
     } <= set(METRICS)
 

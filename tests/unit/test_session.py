@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 from support.fakes import Journal, eventually, fake_command, write_program
+from support.streams import CHUNKS, Lab, made_up
 
 from pytest_llmperf.errors import BaselineError, BuildError, PlanError, ServerError
 from pytest_llmperf.gate import Absent, Record, SideBySide, Stored
 from pytest_llmperf.judge import store
+from pytest_llmperf.judge.references import find_reference
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure.gpu import Gpu
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.plan.config import LAUNCH, Case, Config
+from pytest_llmperf.plan.config import LAUNCH, Case, Config, CorpusPass, Turn, Workload
 from pytest_llmperf.plan.suite import Suite, load_suite
 from pytest_llmperf.session import (
     _KEPT_RUNS,
@@ -27,6 +29,7 @@ from pytest_llmperf.session import (
     _run_folder,
     begin,
     check_baseline_name,
+    check_metrics,
     stale_entries,
     write_baselines,
 )
@@ -54,6 +57,9 @@ extends = "one"
 extends = "one"
 gpu = true
 
+[configs.plain]
+model = "m"
+
 [configs.lost]
 model = "gone"
 
@@ -66,11 +72,16 @@ turns = [{{ prompt = 24, generate = 4 }}]
 [workloads.w40]
 turns = [{{ prompt = 40, generate = 4 }}]
 
+[passes.p]
+corpus = "words.txt"
+context = 32
+
 [tolerances]
 decode_tps = 0.03
 ttft_ms = 0.04
 {more}
 """
+ANSWERS = ("ppl", "kld_mean", "same_top", "kld_p999")
 
 
 @dataclass
@@ -453,6 +464,265 @@ def test_entries_that_no_case_makes_any_more_are_stale(project: Project) -> None
     assert stale_entries(run.suite, written) == {}
     fewer = replace(run.suite, workloads={})
     assert stale_entries(fewer, written) == {written[0].path: ["one/w24"]}
+
+
+# -- gates of answers -------------------------------------------------------------------------
+
+SPEED = Case(Config("c", "m"), Workload("w", (Turn(8, 4),)))
+START = Case(Config("c", "m"))
+READ = Case(Config("c", "m"), corpus_pass=CorpusPass("p", "text.txt"))
+
+
+@pytest.mark.parametrize(
+    ("case", "metrics"),
+    [
+        (SPEED, ("decode_tps", "rss_mib", "n_ctx")),
+        (START, ("rss_mib", "load_ms")),
+        (READ, ANSWERS),
+        (READ, ("ppl", "same_top")),
+        (READ, ("kld_p999",)),
+        (READ, ()),
+    ],
+)
+def test_metrics_that_a_case_shows_are_taken(case: Case, metrics: Sequence[str]) -> None:
+    """Of a server's start and answers, or of a text that is passed."""
+    check_metrics(case, metrics)
+
+
+@pytest.mark.parametrize(
+    ("case", "metrics", "said"),
+    [
+        (READ, ("kld_men",), "no metric `kld_men` (nearest: kld_mean): there are decode_tps, "),
+        (
+            SPEED,
+            ("decode_tps", "kld_mean"),
+            "kld_mean needs a corpus pass: name some in the marker llmperf(passes=[...])",
+        ),
+        (START, ("ppl",), "ppl needs a corpus pass: name some in the marker"),
+        (
+            READ,
+            ("kld_mean", "decode_tps"),
+            "decode_tps is measured by asking a server, not by a corpus pass: name workloads in",
+        ),
+        (READ, ("rss_mib",), "rss_mib is measured by asking a server, not by a corpus pass"),
+        (
+            READ,
+            ("kld_max",),
+            "kld_max occurs in published figures only: gate one of ppl, kld_mean, same_top, ",
+        ),
+        (
+            READ,
+            ("ppl",),
+            "ppl alone never passes, since answers can change with the perplexity unchanged: gate",
+        ),
+    ],
+)
+def test_metrics_that_a_case_does_not_show_are_refused(
+    case: Case, metrics: Sequence[str], said: str
+) -> None:
+    """With what would be right, in one line."""
+    with pytest.raises(PlanError) as caught:
+        check_metrics(case, metrics)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+@dataclass
+class Answering:
+    """Runs of a build with a tool that passes texts, in a user's folder."""
+
+    project: Project
+
+    def __post_init__(self) -> None:
+        (self.project.root / "words.txt").write_text("words " * 100, "utf-8")
+
+    @property
+    def path(self) -> Path:
+        """The baseline file of the build."""
+        return self.project.root / "baselines" / "b1" / "lab.json"
+
+    @property
+    def kept(self) -> list[Path]:
+        """The references beside it."""
+        return sorted(self.path.with_suffix("").iterdir())
+
+    def run(self, noise: float = 0.0, fault: str = "", *, update: bool = False) -> Run:
+        """Return a run of a build whose answers are disturbed so, or so with a K cache of q4_0."""
+        lab = Lab(self.project.root)
+        run = self.project.run(update=update)
+        plain, worse = (
+            lab.stream(f"{kind}-{noise}", made_up(noise + more))
+            for kind, more in (("f16", 0.0), ("q4_0", 1.0))
+        )
+        run.new = lab.build("b1", plain, fault, q4_0=worse)
+        return run
+
+    def case(self, run: Run, **changes: object) -> Case:
+        """Return the case of the run's suite, its config changed like this."""
+        [case] = run.suite.cases(["plain"], None, ["p"])
+        return replace(case, config=replace(case.config, **changes))  # type: ignore[arg-type]  # names of fields
+
+    def record(self, run: Run, case: Case) -> list[store.Change]:
+        """Record all metrics of a case; return what changed."""
+        result = run.gate("answers", case, dict.fromkeys(ANSWERS))
+        assert {v.outcome for v in result.verdicts} == {Outcome.RECORDED}
+        [written] = write_baselines(run.settings, [type(result).loads(result.dumps())])
+        assert written.path == self.path
+        return list(written.changes)
+
+
+@pytest.fixture
+def answering(project: Project) -> Answering:
+    """Runs of a build with a tool."""
+    return Answering(project)
+
+
+def test_recorded_answers_are_passed_by_the_next_run(answering: Answering) -> None:
+    """The file holds the chunks, the reference lies beside it, and the next run compares."""
+    run = answering.run(update=True)
+    case = answering.case(run)
+    assert {change.metric for change in answering.record(run, case)} == set(ANSWERS)
+    baseline = store.load(answering.path)
+    entry, fingerprint = baseline.results["plain/p"], baseline.fingerprints["plain/p"]
+    assert {len(entry[name].launches or ()) for name in ANSWERS} == {CHUNKS}
+    assert answering.kept == [find_reference(answering.path, str(fingerprint["reference"]))]
+
+    again = answering.run()
+    assert isinstance(again.comparison, Stored)
+    result = again.gate("answers", case, {"kld_mean": 0.05, "ppl": None})
+    assert [v.outcome for v in result.verdicts] == [Outcome.PASS, Outcome.PASS]
+    assert [v.tolerance for v in result.verdicts] == [0.05, METRICS["ppl"].tolerance]
+    assert result.measured.keys() == {"kld_mean", "ppl"}
+    assert result.fingerprint == fingerprint
+    assert result.reference == str(answering.kept[0])
+    assert result.base is not None
+    assert result.base.label == "b1"
+    assert "llama-perplexity" in result.new.command
+    assert [Path(log).parent for log in result.new.logs] == [again.folder]
+    assert type(result).loads(result.dumps()) == result
+
+    worse = answering.run(noise=1.0).gate("answers", case, {"kld_mean": None})
+    assert worse.verdicts[0].outcome is Outcome.REGRESSION
+
+
+def test_recording_the_same_again_changes_nothing(answering: Answering) -> None:
+    """Not a byte, and the reference is the one that was there."""
+    run = answering.run(update=True)
+    answering.record(run, answering.case(run))
+    text, kept = answering.path.read_bytes(), answering.kept
+    again = answering.run(update=True)
+    assert answering.record(again, answering.case(again)) == []
+    assert (answering.path.read_bytes(), answering.kept) == (text, kept)
+
+
+def test_answers_of_other_options_take_the_place_of_the_old(answering: Answering) -> None:
+    """The new reference stays, the old one goes."""
+    run = answering.run(update=True)
+    answering.record(run, answering.case(run))
+    [old] = answering.kept
+    again = answering.run(update=True)
+    case = answering.case(again, options={"cache-type-k": "q4_0"})
+    changes = answering.record(again, case)
+    assert changes
+    assert all(change.replaced for change in changes)
+    [new] = answering.kept
+    assert new != old
+    fingerprint = store.load(answering.path).fingerprints["plain/p"]
+    assert find_reference(answering.path, str(fingerprint["reference"])) == new
+    result = answering.run().gate("answers", case, {"kld_mean": None})
+    assert result.verdicts[0].outcome is Outcome.PASS
+
+
+def test_configs_with_the_same_reference_share_it(answering: Answering) -> None:
+    """It stays for as long as one of them names it."""
+    run = answering.run(update=True)
+    answering.record(run, answering.case(run))
+    lossy = answering.case(run, name="lossy", options={"cache-type-k": "q4_0"}, against="plain")
+    [kept] = answering.kept
+    answering.record(run, lossy)
+    assert answering.kept == [kept]
+    baseline = store.load(answering.path)
+    assert baseline.results.keys() == {"plain/p", "lossy/p"}
+    assert baseline.results["lossy/p"]["kld_mean"].value > 0.01
+
+
+def test_speeds_and_answers_of_a_build_share_a_file(project: Project, answering: Answering) -> None:
+    """Recording speeds leaves answers and their references alone."""
+    run = answering.run(update=True)
+    answering.record(run, answering.case(run))
+    kept = answering.kept
+    build = run.new
+    speed = project.run(update=True)
+    result = speed.gate("speed", case_of(speed, "one", "w24"), {"decode_tps": None})
+    side = replace(
+        result.new,
+        label="b1",
+        build={**result.new.build, "label": "b1", "number": build.number, "commit": build.commit}
+        | {"sha256": build.sha256},
+    )
+    write_baselines(speed.settings, [replace(result, new=side)])
+    assert store.load(answering.path).results.keys() == {"one/w24", "plain/p"}
+    assert answering.kept == kept
+
+
+def test_another_build_of_the_same_label_records_nothing(answering: Answering) -> None:
+    """The store refuses it; what was recorded stays as it was."""
+    run = answering.run(update=True)
+    answering.record(run, answering.case(run))
+    text, kept = answering.path.read_bytes(), answering.kept
+    other = answering.run(noise=1.0, update=True)
+    other.new = replace(other.new, sha256="f" * 64)
+    result = other.gate("answers", answering.case(other), dict.fromkeys(ANSWERS))
+    with pytest.raises(BaselineError, match="sha256"):
+        write_baselines(other.settings, [result])
+    assert answering.path.read_bytes() == text
+    assert set(kept) <= set(answering.kept)
+
+
+def test_a_pass_that_breaks_off_fails_every_metric(answering: Answering) -> None:
+    """And records nothing."""
+    run = answering.run(fault="killed", update=True)
+    result = run.gate("answers", answering.case(run), {"ppl": None, "kld_mean": 0.5})
+    assert [v.outcome for v in result.verdicts] == [Outcome.ERROR, Outcome.ERROR]
+    assert [v.tolerance for v in result.verdicts] == [METRICS["ppl"].tolerance, 0.5]
+    assert (result.measured, result.fingerprint, result.reference) == ({}, {}, "")
+    assert write_baselines(run.settings, [result]) == []
+    assert not answering.path.parent.exists()
+
+
+def test_a_side_by_side_pass_tells_both_sides(answering: Answering) -> None:
+    """Commands and logs of both builds; there is no reference to keep."""
+    run = answering.run()
+    lab = Lab(answering.project.root)
+    run.base = lab.build("b0", lab.stream("base", made_up()))
+    run.comparison = SideBySide()
+    result = run.gate("answers", answering.case(run), dict.fromkeys(ANSWERS))
+    assert {v.outcome for v in result.verdicts} == {Outcome.PASS}
+    assert result.base is not None
+    for side, label in ((result.new, "b1"), (result.base, "b0")):
+        assert side.label == label
+        assert f"/{label}/llama-perplexity" in side.command
+        assert len(side.logs) == 1
+    assert result.reference == ""
+
+
+def test_a_text_that_is_not_there_fails_the_gate(answering: Answering) -> None:
+    """As an ERROR that names the pass and the folders."""
+    (answering.project.root / "words.txt").unlink()
+    run = answering.run(update=True)
+    result = run.gate("answers", answering.case(run), {"kld_mean": None})
+    assert result.verdicts[0].outcome is Outcome.ERROR
+    assert "pass `p`: no words.txt in" in result.verdicts[0].reason
+
+
+def test_entries_of_passes_are_stale_once_the_pass_has_gone(answering: Answering) -> None:
+    """Those of a pass of the suite file are not."""
+    run = answering.run(update=True)
+    result = run.gate("answers", answering.case(run), {"kld_mean": None})
+    written = write_baselines(run.settings, [result])
+    assert stale_entries(run.suite, written) == {}
+    fewer = replace(run.suite, passes={})
+    assert stale_entries(fewer, written) == {answering.path: ["plain/p"]}
 
 
 # -- GPUs -------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_without_anything_the_defaults_hold() -> None:
         launches=3,
         pairs=3,
         foreign_load=default_foreign_load(),
+        pass_limit=4 * 3600.0,
     )
 
 
@@ -173,6 +174,13 @@ def test_every_tolerance_comes_through(tolerances: dict[str, float]) -> None:
         ({}, {"launches": "2.5"}, "ini llmperf_launches: 2.5 must be a whole number"),
         ({}, {"foreign_load": "much"}, "ini llmperf_foreign_load: 'much' is no number"),
         ({}, {"pairs": "many"}, "ini llmperf_pairs: 'many' is no number"),
+        ({}, {"pass_limit": "long"}, "ini llmperf_pass_limit: 'long' is no number"),
+        (
+            {},
+            {"pass_limit": "0"},
+            "ini llmperf_pass_limit: 0 must be a finite number of at least 1",
+        ),
+        ({}, {"pass_limit": "inf"}, "ini llmperf_pass_limit: inf must be a finite number of at"),
         (
             {},
             {"tolerances": ["decode = 0.1"]},
@@ -213,3 +221,9 @@ def test_a_mistake_names_the_option_and_the_mend(
 def test_foreign_load(given: str, cores: float) -> None:
     """Cores that others may keep busy, or no look at them at all."""
     assert read(ini={"foreign_load": given}).foreign_load == cores
+
+
+def test_the_limit_of_a_pass_is_an_ini_value() -> None:
+    """In seconds; there is no option of the command line."""
+    assert read(ini={"pass_limit": "90.5"}).pass_limit == 90.5
+    assert read({"pass_limit": "90"}).pass_limit == 4 * 3600.0

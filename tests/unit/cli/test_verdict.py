@@ -19,7 +19,7 @@ from pytest_llmperf.judge.decide import (
     missing,
     recorded,
 )
-from pytest_llmperf.judge.quality import compare_chunks
+from pytest_llmperf.judge.quality import compare_chunks, compare_quality
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
 from pytest_llmperf.judge.stored import decide_stored
@@ -146,6 +146,16 @@ def test_quality_by_chunk(more: float, budget: float | None) -> None:
     base = [0.1, 0.12, 0.09, 0.11, 0.1]
     new = [v + more * (1 + v) for v in base]
     agrees(compare_chunks(METRICS["kld_mean"], base, new, tolerance=0.1, budget=budget))
+
+
+@pytest.mark.parametrize("budget", [None, 0.05, 5.0])
+@pytest.mark.parametrize("more", [0.0, 0.3, 3.0])
+def test_quality_by_tails(more: float, budget: float | None) -> None:
+    """The worst tokens of a pass, with a budget and without."""
+    base = [[1.0 + 0.1 * n, 0.9] for n in range(6)]
+    new = [[v + more * (n % 3) for v in chunk] for n, chunk in enumerate(base)]
+    metric = METRICS["kld_p999"]
+    agrees(compare_quality(metric, base, new, tokens=256, tolerance=0.25, budget=budget))
 
 
 def test_nothing_compared() -> None:

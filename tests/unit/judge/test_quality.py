@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from pytest_llmperf.judge.quality import BY_CHUNK, FEWEST_CHUNKS, compare_chunks
+from pytest_llmperf.judge import quality
+from pytest_llmperf.judge.chunks import BY_CHUNK, QUALITY, pooled
+from pytest_llmperf.judge.quality import (
+    FEWEST_CHUNKS,
+    compare_chunks,
+    compare_quality,
+    compare_tails,
+)
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 
-PPL, KLD, TOP = (METRICS[name] for name in BY_CHUNK)
+PPL, KLD, TOP, TAIL = (METRICS[name] for name in QUALITY)
 
 # Chunks differ far more from each other than builds do.
 TEXT = [5.0, 9.0, 22.0, 3.5, 7.0, 12.0, 6.0, 15.0]
 CHUNKS = st.lists(st.floats(1.0, 1e4), min_size=FEWEST_CHUNKS, max_size=12)
+
+TOKENS = 256
+TAILS = st.lists(
+    st.lists(st.floats(0.0, 20.0), min_size=1, max_size=6), min_size=FEWEST_CHUNKS, max_size=10
+)
 
 
 def scaled(factor: float, wobble: float = 0.002) -> list[float]:
@@ -69,7 +83,7 @@ def test_flipped_answers() -> None:
     """Three of a hundred tokens with another likeliest successor are seen, half a point is not."""
     before = [97.0, 95.5, 98.0, 96.0, 97.5, 96.5]
     assert (
-        compare_chunks(TOP, before, [v - 3 for v in before], tolerance=0.005).outcome
+        compare_chunks(TOP, before, [v - 6 for v in before], tolerance=0.005).outcome
         is Outcome.REGRESSION
     )
     assert (
@@ -156,8 +170,12 @@ def test_errors_are_rare_at_the_margin(seed: int) -> None:
     [
         ([2.0] * 5, [2.0] * 4, "5 chunks of the baseline, 4 of the build under test"),
         ([2.0] * 3, [2.0] * 3, "3 chunks tell nothing, pass 4 at least"),
-        ([2.0] * 4, [2.0, 2.0, math.nan, 2.0], "chunk 3 of the build under test has a value of"),
-        ([2.0, 0.5, 2.0, 2.0], [2.0] * 4, "chunk 2 of the baseline has a value of 0.5"),
+        (
+            [2.0] * 4,
+            [2.0, 2.0, math.nan, 2.0],
+            "the build under test has chunk 3 with a value of nan",
+        ),
+        ([2.0, 0.5, 2.0, 2.0], [2.0] * 4, "the baseline has chunk 2 with a value of 0.5"),
     ],
 )
 def test_chunks_that_cannot_be_judged(base: list[float], new: list[float], what: str) -> None:
@@ -173,3 +191,220 @@ def test_only_means_over_chunks() -> None:
         compare_chunks(METRICS["kld_max"], [1.0] * 4, [1.0] * 4, tolerance=0.1)
     with pytest.raises(ValueError, match="a tolerance is a share"):
         compare_chunks(PPL, TEXT, TEXT, tolerance=-1.0)
+
+
+# --- The percentile of tokens -------------------------------------------------------------------
+
+
+def tails(kld: NDArray[np.float64]) -> list[list[float]]:
+    """The largest hundredth of the tokens of a pass, shape (chunks, tokens), by chunk."""
+    least = np.sort(kld, axis=None)[-max(2, kld.size // 100)]
+    return [sorted(row[row >= least], reverse=True) or [row.max()] for row in kld]
+
+
+def tail_pair(rng: np.random.Generator, chunks: int, factor: float) -> list[list[list[float]]]:
+    """Two passes over chunks of differing hardness, the second worse by this factor in truth."""
+    text = rng.normal(-4, 1.5, (chunks, TOKENS)) + rng.normal(0, 0.5, (chunks, 1))
+    return [tails(np.exp(text + rng.normal(0, 0.3, text.shape)) * worse) for worse in (1.0, factor)]
+
+
+def judge_tails(base: list[list[float]], new: list[list[float]], **over: float) -> Verdict:
+    """The verdict with a tenth of tolerance, of short chunks."""
+    return compare_tails(TAIL, base, new, tokens=10, tolerance=0.1, **over)
+
+
+@given(TAILS)
+def test_a_tail_is_no_worse_than_itself(chunks: list[list[float]]) -> None:
+    """Equal lists pass, the values are those of the pass, and the verdict survives JSON."""
+    verdict = judge_tails(chunks, chunks)
+    assert verdict.outcome is Outcome.PASS
+    assert verdict.base == verdict.new == pooled(TAIL, chunks, 10)
+    assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+
+
+@given(TAILS, st.floats(1.001, 5.0))
+def test_a_shift_of_a_whole_tail(chunks: list[list[float]], excess: float) -> None:
+    """By more than the margin it is flagged, one way and the other; by less it passes."""
+    level = pooled(TAIL, chunks, 10)
+    margin = max(0.1 * level, TAIL.slack)
+    worse, little = (
+        [[v + by for v in chunk] for chunk in chunks] for by in (excess * margin, margin / 2)
+    )
+    assert judge_tails(chunks, worse).outcome is Outcome.REGRESSION
+    assert judge_tails(chunks, little).outcome is Outcome.PASS
+    # The margin is a share of the baseline's value, which here is the larger one.
+    back = max(0.1 * (level + excess * margin), TAIL.slack)
+    better = judge_tails(worse, chunks).outcome
+    assert better is Outcome.IMPROVED or excess * margin <= back * (1 + 1e-9)
+
+
+@given(TAILS, TAILS, st.integers(-20, 20))
+def test_the_unit_of_a_tail_does_not_matter(
+    base: list[list[float]], new: list[list[float]], power: int
+) -> None:
+    """Without a slack in that unit the verdict is the same for values in any."""
+    chunks = min(len(base), len(new))
+    metric = replace(TAIL, slack=0.0)
+    pairs = [
+        [[[v * scale + scale for v in chunk] for chunk in side[:chunks]] for side in (base, new)]
+        for scale in (1.0, 2.0**power)
+    ]
+    one, other = (compare_tails(metric, *pair, tokens=10, tolerance=0.1) for pair in pairs)
+    assert one.outcome is other.outcome
+    assert one.change == pytest.approx(other.change)
+
+
+@given(TAILS, TAILS)
+def test_a_tail_is_judged_alike_every_time(base: list[list[float]], new: list[list[float]]) -> None:
+    """The draws are fixed; swapping the sides turns the bounds about; both are in order."""
+    chunks = min(len(base), len(new))
+    one = judge_tails(base[:chunks], new[:chunks])
+    assert one == judge_tails(base[:chunks], new[:chunks])
+    low, high = bounds(one)
+    other_low, other_high = bounds(judge_tails(new[:chunks], base[:chunks]))
+    assert (low, high) == pytest.approx((-other_high, -other_low), abs=1e-9)
+    assert one.base is not None
+    assert one.new is not None
+    assert low <= one.new - one.base <= high
+
+
+def bounds(verdict: Verdict) -> tuple[float, float]:
+    """The bounds of the difference."""
+    found = verdict.evidence["bounds"]
+    assert isinstance(found, list)
+    return found[0], found[1]
+
+
+def test_tails_take_turns_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many passes are drawn at once is a matter of memory alone."""
+    base, new = tail_pair(np.random.default_rng(3), 12, 1.3)
+    whole = compare_tails(TAIL, base, new, tokens=TOKENS, tolerance=0.25)
+    monkeypatch.setattr(quality, "_BATCH", 999)
+    assert compare_tails(TAIL, base, new, tokens=TOKENS, tolerance=0.25) == whole
+
+
+def test_false_alarms_and_power_of_tails() -> None:
+    """Equal builds are flagged once in fifty at most, a doubled tail four times in five."""
+    rng = np.random.default_rng(11)
+
+    def share(factor: float, pairs: int) -> float:
+        flagged = [
+            compare_tails(TAIL, *tail_pair(rng, 40, factor), tokens=TOKENS, tolerance=0.25).outcome
+            is Outcome.REGRESSION
+            for _ in range(pairs)
+        ]
+        return sum(flagged) / pairs
+
+    assert share(1.0, 300) <= 0.02
+    assert share(2.0, 100) > 0.8
+
+
+def test_a_false_regression_at_the_margin_is_rare() -> None:
+    """Where the true loss is just what is allowed, one verdict in a hundred may be wrong."""
+    rng = np.random.default_rng(12)
+    wrong = 0
+    for _ in range(100):
+        base, new = tail_pair(rng, 24, 1.25)
+        verdict = compare_tails(TAIL, base, new, tokens=TOKENS, tolerance=0.25)
+        wrong += verdict.outcome in {Outcome.REGRESSION, Outcome.PASS}
+    # At one percent each way seven or more would be a chance of one in two hundred.
+    assert wrong < 7
+
+
+def test_few_chunks_widen_the_bounds() -> None:
+    """With four chunks the bootstrap's own width is more than doubled."""
+    low, high = quality._bootstrapped(np.linspace(-1, 1, 2001), 0.0, 4)
+    assert (low, high) == pytest.approx((-2.2, 2.2), abs=0.05)
+    low, high = quality._bootstrapped(np.linspace(-1, 1, 2001), 0.0, 4000)
+    assert (low, high) == pytest.approx((-0.98, 0.98), abs=0.002)
+    assert quality._bootstrapped(np.linspace(1, 2, 101), 0.0, 8)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "outcome", "words"),
+    [
+        (2.0, Outcome.PASS, "shown to be within"),
+        (0.5, Outcome.REGRESSION, "beyond the budget of 0.5 nat, whatever the baseline"),
+        (1.075, Outcome.INCONCLUSIVE, "not shown to be within the budget"),
+    ],
+)
+def test_a_budget_of_a_tail(budget: float, outcome: Outcome, words: str) -> None:
+    """It bounds the percentile itself."""
+    same = [[0.9 + 0.02 * i, 0.8] for i in range(10)]
+    verdict = judge_tails(same, same, budget=budget)
+    assert verdict.outcome is outcome
+    assert words in verdict.reason
+
+
+def test_one_bad_chunk_is_not_a_tail() -> None:
+    """Tokens that went wrong in a single chunk leave it open, and more chunks are asked for."""
+    base = [[0.5, 0.4, 0.3] for _ in range(8)]
+    new = [[5.0, 4.0, 3.0], *base[1:]]
+    verdict = compare_tails(TAIL, base, new, tokens=TOKENS, tolerance=0.25)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "chunk" in verdict.reason
+
+
+WEIRD = st.lists(st.lists(st.floats() | st.just(-1e-5), max_size=3), max_size=6)
+
+
+@given(WEIRD, WEIRD, st.sampled_from(QUALITY), st.integers(-1, 300))
+def test_weird_chunks_are_judged_or_refused(
+    base: list[list[float]], new: list[list[float]], name: str, tokens: int
+) -> None:
+    """Nothing crashes, and what is no divergence never passes."""
+    verdict = compare_quality(METRICS[name], base, new, tokens=tokens, tolerance=0.1)
+    values = [value for side in (base, new) for chunk in side for value in chunk]
+    bad = any(not value >= -0.01 or math.isinf(value) for value in values)
+    if bad or len(base) != len(new) or len(base) < FEWEST_CHUNKS or not all([*base, *new]):
+        assert verdict.outcome is Outcome.ERROR
+    assert verdict.reason.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("base", "tokens", "what"),
+    [
+        ([[1.0], [1.0], [], [1.0]], 9, "the baseline has chunk 3 with 0 values, not 1 to 9"),
+        ([[1.0] * 3] * 4, 2, "chunk 1 with 3 values, not 1 to 2"),
+        ([[1.0]] * 4, 0, "chunks of 0 scored tokens"),
+        ([[1.0]] * 4, True, "chunks of True scored tokens"),
+        ([[-0.5]] * 4, 9, "chunk 1 with a value of -0.5"),
+        ([[1.0]] * 4, 1000, "4 values listed of 4000 tokens, 5 at least needed"),
+        ([[1.0]] * 3, 9, "3 chunks tell nothing"),
+    ],
+)
+def test_tails_that_cannot_be_judged(base: list[list[float]], tokens: int, what: str) -> None:
+    """An error that says why, never a pass."""
+    verdict = compare_tails(TAIL, base, base, tokens=tokens, tolerance=0.1)
+    assert verdict.outcome is Outcome.ERROR
+    assert what in verdict.reason
+
+
+def test_a_baseline_that_is_its_own_reference() -> None:
+    """Zeros say that all tokens are 0, however many; then the slack alone is allowed."""
+    nothing = [[0.0]] * 8
+    for new, outcome in ((0.0, Outcome.PASS), (0.04, Outcome.PASS), (0.2, Outcome.REGRESSION)):
+        lists = [[new + 1e-4 * i] * 40 for i in range(8)]
+        verdict = compare_tails(TAIL, nothing, lists, tokens=4096, tolerance=0.25)
+        assert verdict.outcome is outcome
+        assert verdict.change is None
+        assert "the tolerance of 0.05 nat" in verdict.reason
+
+
+def test_one_entry_for_all_metrics() -> None:
+    """Lists of one value a chunk for means, of the largest for the percentile."""
+    means = [[2.0 + 0.1 * i] for i in range(6)]
+    for name in BY_CHUNK:
+        verdict = compare_quality(METRICS[name], means, means, tokens=9, tolerance=0.1)
+        flat = [chunk[0] for chunk in means]
+        assert verdict == compare_chunks(METRICS[name], flat, flat, tolerance=0.1)
+        assert verdict.new == pooled(METRICS[name], means, 9)
+        two = compare_quality(METRICS[name], means, [[1.0, 1.0]] * 6, tokens=9, tolerance=0.1)
+        assert two.outcome is Outcome.ERROR
+        assert "chunk 1 with 2 values, not 1" in two.reason
+    verdict = compare_quality(TAIL, means, means, tokens=10, tolerance=0.1)
+    assert verdict == judge_tails(means, means)
+    with pytest.raises(ValueError, match="kld_max is not judged by chunk: ppl, kld_mean"):
+        compare_quality(METRICS["kld_max"], means, means, tokens=9, tolerance=0.1)
+    with pytest.raises(ValueError, match="ppl is a mean over chunks"):
+        compare_tails(PPL, means, means, tokens=9, tolerance=0.1)

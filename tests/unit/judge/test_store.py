@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pytest_llmperf.errors import BaselineError
 from pytest_llmperf.judge import store
+from pytest_llmperf.judge.chunks import pooled
 from pytest_llmperf.judge.store import (
     Baseline,
     Measured,
@@ -52,6 +53,8 @@ NAMES = st.text("abcdefghij0123456789._-", min_size=1, max_size=8).map(lambda s:
 CASES = st.tuples(NAMES, NAMES).map("/".join)
 SCALARS = st.text(max_size=8) | st.booleans() | NUMBERS
 METRIC_NAMES = st.sampled_from(sorted(METRICS))
+LAUNCHED = st.sampled_from(sorted(n for n, m in METRICS.items() if m.scope != "quality"))
+CORPUS = "c7/corpus"
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +120,7 @@ def test_store_and_load_are_inverse(baseline: Baseline) -> None:
     assert loaded.fingerprints == baseline.fingerprints
 
 
-@given(st.dictionaries(CASES, st.dictionaries(METRIC_NAMES, LAUNCHES, max_size=3), max_size=3))
+@given(st.dictionaries(CASES, st.dictionaries(LAUNCHED, LAUNCHES, max_size=3), max_size=3))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 def test_updating_twice_is_updating_once(
     tmp_path: Path, measured: dict[str, dict[str, list[list[float]]]]
@@ -231,6 +234,60 @@ def test_only_the_newest_launches_are_kept(path: Path) -> None:
         path.unlink()
 
 
+def one_pass(chunks: int, more: float = 0.0, tokens: int = 256) -> dict[str, Measured]:
+    """One case with a pass over a corpus."""
+    tail = [[more + 1 + n, more + 0.5] for n in range(chunks)]
+    means = [[more + 2.0 ** (n % 2)] for n in range(chunks)]
+    metrics = {"ppl": means, "kld_mean": [[-1e-5], *means[1:]], "kld_p999": tail}
+    return {CORPUS: Measured({"tokens": tokens}, metrics)}
+
+
+def test_a_pass_is_recorded_whole(path: Path) -> None:
+    """All of its chunks, more than launches are kept; the values are those of the whole pass."""
+    changes = record(path, one_pass(30), most_launches=20)
+    assert [(c.metric, c.launches_before, c.launches_after) for c in changes] == [
+        ("kld_mean", 0, 30),
+        ("kld_p999", 0, 30),
+        ("ppl", 0, 30),
+    ]
+    held = load(path).results[CORPUS]
+    assert held["ppl"].launches == ((1.0,), (2.0,)) * 15
+    assert held["ppl"].value == pytest.approx(2**0.5, rel=1e-5)
+    assert held["kld_mean"].value == pytest.approx(44 / 30, rel=1e-5)
+    for name, entry in held.items():
+        assert entry.launches is not None
+        value = pooled(METRICS[name], entry.launches, 256)
+        assert entry.value == pytest.approx(value, rel=1e-5)
+    before = path.read_bytes()
+    assert record(path, one_pass(30)) == []
+    assert path.read_bytes() == before
+
+
+def test_a_pass_replaces_the_one_before(path: Path) -> None:
+    """As a whole, in the order of the text; what was not measured again stays."""
+    record(path, one_pass(6))
+    backwards = {name: chunks[::-1] for name, chunks in one_pass(6)[CORPUS].metrics.items()}
+    changes = record(path, {CORPUS: Measured({"tokens": 256}, {"ppl": backwards["ppl"]})})
+    assert [(c.metric, c.replaced) for c in changes] == [("ppl", False)]
+    assert load(path).results[CORPUS]["ppl"].launches == ((2.0,), (1.0,)) * 3
+    record(path, one_pass(4, more=1.0))
+    held = load(path).results[CORPUS]
+    assert {len(entry.launches or ()) for entry in held.values()} == {4}
+    assert record(path, one_pass(4, more=1.0, tokens=128))[0].replaced
+
+
+def test_a_pass_beside_launches(path: Path) -> None:
+    """Launches of the same case gather as ever, though there are as many of them as chunks."""
+    for n in range(3):
+        speeds = [[float(n)], [n + 0.5]]
+        entry = Measured({"tokens": 9}, {"decode_tps": speeds, "ppl": [[3.0], [4.0 + n]]})
+        record(path, {CORPUS: entry})
+        assert record(path, {CORPUS: entry}) == []
+    held = load(path).results[CORPUS]
+    assert len(held["decode_tps"].launches or ()) == 6
+    assert held["ppl"].launches == ((3.0,), (6.0,))
+
+
 def test_published_figures_are_not_overwritten(path: Path) -> None:
     """Measured launches do not go into a file of published figures."""
     data = document()
@@ -280,6 +337,11 @@ def test_an_unknown_hash_is_no_other_hash(path: Path) -> None:
         ({CASE: Measured({}, {"decode_tps": [[]]})}, "expected at least one entry"),
         ({CASE: Measured({}, {"decode_tps": [[float("nan")]]})}, "expected a finite number"),
         ({CASE: Measured({"a": None}, {})}, r"fingerprint\.a: expected a string, number"),  # type: ignore[dict-item]
+        ({CASE: Measured({}, {"ppl": [[2]]})}, r"fingerprint\.tokens: ppl needs the number of sc"),
+        ({CASE: Measured({"tokens": True}, {"ppl": [[2]]})}, r"of a chunk, got True"),
+        ({CASE: Measured({"tokens": 9}, {"ppl": [[2, 3]]})}, r"ppl: cannot be recorded: chunk 1 w"),
+        ({CASE: Measured({"tokens": 9}, {"kld_p999": [[-1]]})}, r"chunk 1 with a value of -1"),
+        ({CASE: Measured({"tokens": 9}, {"kld_max": [[1]]})}, r"kld_max: is only published, rec"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(

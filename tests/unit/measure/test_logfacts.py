@@ -64,6 +64,7 @@ GPU_FACTS = LogFacts(
     compute_mib=493.0 + 12.01 + 0.95,
     offloaded_layers=25,
     layers=41,
+    graph_splits=None,
     devices={"CPU_Mapped": 9000.25, "CUDA0": 11938.25, "CUDA1": 1000.0, "CUDA_Host": 12.96},
 )
 
@@ -123,7 +124,22 @@ def test_a_draft_model_adds(folder: str) -> None:
 @pytest.mark.parametrize("log", ["", "\n", "error: failed to load model\n"])
 def test_a_log_without_sizes_tells_nothing(log: str) -> None:
     """What is not told is None, never 0."""
-    assert read_log(log) == LogFacts(None, None, None, None, None, {})
+    assert read_log(log) == LogFacts(None, None, None, None, None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "splits"),
+    [
+        ("sched_reserve: graph splits = 1", 1),
+        ("0.00.039.076 I sched_reserve: graph: nodes = 257, splits = 3, input objects = 4", 3),
+        ("llama_context: graph splits = 66 (with bs=512), 3 (with bs=1)", 66),
+        ("llama_context: graph splits = 2 (with bs=512), 42 (with bs=1)", 42),
+        ("slot print_timing: id  0 | task 0 |    graphs reused =         15", None),
+    ],
+)
+def test_the_parts_of_the_graph_are_counted(line: str, splits: int | None) -> None:
+    """In each way of writing, at the batch size that has the most."""
+    assert read_log(loading("/m/big.gguf", line)).graph_splits == splits
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8))

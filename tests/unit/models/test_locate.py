@@ -162,6 +162,58 @@ def test_a_shape_is_made_in_the_cache(tmp_path: Path) -> None:
     assert path.read_bytes()[:4] == b"GGUF"
 
 
+def test_a_model_of_the_package_is_found_last(tmp_path: Path) -> None:
+    """It needs no folder, and a file of that name in a folder of the user's goes before."""
+    found = locate(tiny("tiny-quality.gguf"), [], tmp_path)
+    assert found.parts[-3:] == ("pytest_llmperf", "data", "tiny-quality.gguf")
+    assert locate(tiny("tiny-quality.gguf"), [tmp_path], tmp_path) == found
+    own = put(tmp_path / "tiny-quality.gguf")
+    assert locate(tiny("tiny-quality.gguf"), [tmp_path], tmp_path) == own
+
+
+def test_a_path_is_not_looked_for_in_the_package(tmp_path: Path) -> None:
+    """Who names a folder means it."""
+    with pytest.raises(ModelError, match="no folder is named in which"):
+        locate(tiny("../data/tiny-quality.gguf"), [], tmp_path)
+
+
+QUANTIZED = Model("less", source="tiny", quantize="Q4_K")
+
+
+def test_a_quantized_model_is_made_in_the_cache(tmp_path: Path) -> None:
+    """From the model of that name, wherever that lies."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    models = {"tiny": tiny("tiny-quality.gguf"), "less": QUANTIZED}
+    path = locate(QUANTIZED, [], tmp_path, models)
+    assert path.parent == tmp_path / "models"
+    assert path.name.startswith("tiny-quality-Q4_K-")
+
+
+def test_a_quantized_model_whose_source_is_another_is_refused(tmp_path: Path) -> None:
+    """The hash of the source is checked before anything is made of it."""
+    put(tmp_path / "a.gguf")
+    with pytest.raises(ModelError, match=r"model `tiny`: .*a\.gguf has sha256 .*, the suite file"):
+        locate(QUANTIZED, [tmp_path], tmp_path, {"tiny": tiny("a.gguf", "0" * 64)})
+
+
+def test_a_quantized_model_whose_source_is_missing_names_the_source(tmp_path: Path) -> None:
+    """That is the file to look for."""
+    with pytest.raises(ModelError, match=r"model `tiny`: .* in which gone\.gguf could be"):
+        locate(QUANTIZED, [], tmp_path, {"tiny": tiny("gone.gguf")})
+    with pytest.raises(ModelError, match="model `less`: no model `tiny` to quantize from"):
+        locate(QUANTIZED, [], tmp_path)
+
+
+def test_a_model_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
+    """As it is called in the suite file."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    put(tmp_path / "a.gguf")
+    with pytest.raises(ModelError, match=r"model `less`: .*a\.gguf cannot be quantized to Q4_K"):
+        locate(QUANTIZED, [tmp_path], tmp_path, {"tiny": tiny("a.gguf")})
+
+
 def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
     """As sha256sum prints it."""
     path = put(tmp_path / "tiny.gguf")

@@ -8,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmperf.plan.config import LAUNCH, BuildEntry, Case, Config, Turn, Workload
+from pytest_llmperf.plan.config import (
+    LAUNCH,
+    BuildEntry,
+    Case,
+    Config,
+    CorpusPass,
+    Turn,
+    Workload,
+)
 
 CONFIG = Config("c7", "tiny")
 WORKLOAD = Workload("multi_turn", (Turn(96, 48), Turn(32, 16)))
+PASS = CorpusPass("wiki", "wiki.test.raw")
+SIZES = st.tuples(*[st.integers(1, 4096)] * 3, st.none() | st.integers(1, 4096))
 TURNS = st.lists(st.builds(Turn, st.integers(1, 5000), st.integers(2, 5000)), min_size=1)
 
 
@@ -25,6 +35,38 @@ def test_a_case_without_workload_is_a_launch() -> None:
     """What a start alone shows is kept under the word that no workload may have."""
     case = Case(CONFIG, None)
     assert (case.id, case.key) == ("c7", f"c7/{LAUNCH}")
+
+
+def test_a_case_is_named_by_config_and_pass() -> None:
+    """As by a workload."""
+    case = Case(CONFIG, corpus_pass=PASS)
+    assert (case.id, case.key) == ("c7-wiki", "c7/wiki")
+
+
+def test_a_case_has_a_workload_or_a_pass() -> None:
+    """Speed and answers are measured apart."""
+    with pytest.raises(ValueError, match="a workload or a pass, not both"):
+        Case(CONFIG, WORKLOAD, PASS)
+
+
+def test_a_config_compares_with_itself_and_has_no_budget_unless_told() -> None:
+    """The reference is its own answers on the baseline's build."""
+    assert (CONFIG.against, CONFIG.budgets) == ("", {})
+
+
+@given(SIZES, SIZES)
+def test_digests_of_passes_are_equal_exactly_when_the_sizes_are(
+    one: tuple[int, int, int, int | None], other: tuple[int, int, int, int | None]
+) -> None:
+    """Name, text, path, marks and help change no number by themselves, or are told apart."""
+    left = CorpusPass("a", "a.txt", *one)
+    right = CorpusPass("b", "b.txt", *other, path="server", marks=("gpu",), help="b")
+    assert (left.digest() == right.digest()) is (one == other)
+
+
+def test_a_digest_of_a_pass_is_short_and_stays_the_same() -> None:
+    """It is part of every baseline: a change would make all of them incomparable."""
+    assert PASS.digest() == "a96347f333c8b50b"
 
 
 def test_a_workload_needs_room_for_all_its_turns() -> None:
@@ -52,7 +94,7 @@ def test_a_digest_is_short_and_stays_the_same() -> None:
     assert Workload("short", (Turn(64, 64),)).digest() == "e9f555ddd3b85996"
 
 
-@pytest.mark.parametrize("value", [CONFIG, WORKLOAD, Turn(1, 2), BuildEntry("b", "embedded")])
+@pytest.mark.parametrize("value", [CONFIG, WORKLOAD, PASS, Turn(1, 2), BuildEntry("b", "embedded")])
 def test_values_are_frozen(value: object) -> None:
     """A plan does not change once it is read."""
     assert dataclasses.is_dataclass(value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from pytest_llmperf.errors import PlanError
-from pytest_llmperf.plan.model import QUANTS, Model, SynthSpec
+from pytest_llmperf.plan.model import QUANTS, WEIGHT_TYPES, Model, SynthSpec
 
 
 @pytest.mark.parametrize(
@@ -77,16 +78,73 @@ def test_a_digest_is_fit_for_a_file_name() -> None:
     assert set(digest) <= set("0123456789abcdef")
 
 
-def test_a_model_needs_a_file_or_a_shape() -> None:
-    """Neither is refused, with the model's name."""
-    with pytest.raises(PlanError, match="model `tiny` needs one of `file` and `synth`, has neith"):
+def test_a_model_needs_a_file_a_shape_or_a_source() -> None:
+    """None of them is refused, with the model's name."""
+    with pytest.raises(PlanError) as caught:
         Model("tiny")
+    assert str(caught.value) == (
+        "model `tiny` needs one of `file`, `synth`, and `from` with `quantize`, has none"
+    )
 
 
-def test_a_model_has_not_both_file_and_shape() -> None:
-    """Both are refused, with the model's name."""
-    with pytest.raises(PlanError, match=r"model `tiny` needs one of .* has both"):
-        Model("tiny", file="tiny.gguf", synth=SynthSpec())
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ({"file": "tiny.gguf", "synth": SynthSpec()}, "`file` and `synth`"),
+        ({"file": "tiny.gguf", "source": "a", "quantize": "Q4_K"}, "`file` and `from`"),
+        ({"synth": SynthSpec(), "source": "a", "quantize": "Q4_K"}, "`synth` and `from`"),
+    ],
+)
+def test_a_model_is_one_thing(model: dict[str, Any], found: str) -> None:
+    """Two are refused, and named."""
+    with pytest.raises(PlanError, match=rf"model `tiny` needs one of .*, has {found}\Z"):
+        Model("tiny", **model)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+def test_every_weight_type_is_accepted(kind: str) -> None:
+    """Each can be made without an importance matrix."""
+    assert Model("tiny", source="big", quantize=kind).quantize == kind
+
+
+def test_a_source_needs_a_weight_type() -> None:
+    """Otherwise it would be another name for the same model."""
+    with pytest.raises(PlanError, match=r"has `from` and lacks `quantize`: .*F16, Q8_0"):
+        Model("t", source="big")
+
+
+def test_a_weight_type_needs_a_source() -> None:
+    """A model that is named by its file has the types it has."""
+    with pytest.raises(PlanError, match="model `t` has `quantize` and lacks `from`: name the mod"):
+        Model("t", file="t.gguf", quantize="Q4_K")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kind"),
+    [("Q4_K_M", "Q4_K"), ("q3_k_l", "Q3_K"), ("Q2_K_S", "Q2_K"), ("MXFP4_MOE", "MXFP4")],
+)
+def test_a_mixture_is_refused_with_the_two_ways_out(quantize: str, kind: str) -> None:
+    """One type for every matrix is something else, and must not pass for it."""
+    with pytest.raises(PlanError) as caught:
+        Model("t", source="big", quantize=quantize)
+    assert str(caught.value) == (
+        f"`quantize` of model `t`: {quantize} is a mixture of types, and here every matrix gets "
+        f"the same type: write {kind}, or make the mixture with llama-quantize and name its file "
+        "with `file`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantize", "nearest"), [("q4_k", " (nearest: Q4_K)"), ("fp16", " (nearest: F16)"), ("8", "")]
+)
+def test_what_is_no_weight_type_is_refused(quantize: str, nearest: str) -> None:
+    """With all there are, and the one that was meant."""
+    with pytest.raises(PlanError) as caught:
+        Model("t", source="big", quantize=quantize)
+    assert str(caught.value) == (
+        f"`quantize` of model `t` must be one of {', '.join(WEIGHT_TYPES)}, "
+        f"not {quantize!r}{nearest}"
+    )
 
 
 def test_an_empty_file_name_is_refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.plan.config import BuildEntry, Case, Turn, Workload
+from pytest_llmperf.plan.config import BuildEntry, Case, CorpusPass, Turn, Workload
 from pytest_llmperf.plan.model import Model, SynthSpec
 from pytest_llmperf.plan.options import from_flag
 from pytest_llmperf.plan.suite import Suite, load_suite
@@ -56,6 +56,10 @@ synth = {{ layers = 2, kv-heads = 1, quant = "Q4_0" }}
 file = "real.gguf"
 sha256 = "{"AB" * 32}"
 help = "a real one"
+[models.small]
+from = "real"
+quantize = "Q4_K"
+sha256 = "{"CD" * 32}"
 
 [builds.mine]
 source = "./build/bin"
@@ -87,6 +91,7 @@ ttft_ms = 0
     assert suite.models == {
         "tiny": Model("tiny", synth=SynthSpec(layers=2, kv_heads=1, quant="Q4_0")),
         "real": Model("real", file="real.gguf", sha256="ab" * 32, help="a real one"),
+        "small": Model("small", source="real", quantize="Q4_K", sha256="cd" * 32),
     }
     assert suite.builds == {
         "mine": BuildEntry(
@@ -111,11 +116,56 @@ ttft_ms = 0
     assert suite.tolerances == {"ttft_ms": 0.0}
 
 
+def test_a_pass_is_read(tmp_path: Path) -> None:
+    """All that it says becomes one frozen value."""
+    suite = load(
+        tmp_path,
+        """
+[passes.wiki]
+corpus = "wiki.test.raw"
+context = 1024
+batch = 256
+ubatch = 1
+chunks = 40
+path = "server"
+marks = ["long_running"]
+help = "slowly"
+""",
+    )
+    assert suite.passes == {
+        "wiki": CorpusPass(
+            "wiki", "wiki.test.raw", 1024, 256, 1, 40, "server", ("long_running",), "slowly"
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ("", (512, 512, 512)),
+        ("context = 128", (128, 128, 128)),
+        ("context = 2048", (2048, 2048, 512)),
+        ("batch = 256", (512, 256, 256)),
+        ("ubatch = 1", (512, 512, 1)),
+        ("context = 2048\nbatch = 1024\nubatch = 1024", (2048, 1024, 1024)),
+        ("context = 32", (32, 32, 32)),
+    ],
+)
+def test_sizes_of_a_pass_follow_from_the_larger_ones(
+    tmp_path: Path, given: str, sizes: tuple[int, int, int]
+) -> None:
+    """One batch a chunk, in physical batches of 512 at most; the whole text, by whom it may be."""
+    one = load(tmp_path, f"[passes.p]\ncorpus = 'a.txt'\n{given}\n").passes["p"]
+    assert (one.context, one.batch, one.ubatch) == sizes
+    assert (one.chunks, one.path, one.marks, one.help) == (None, "auto", (), "")
+
+
 def test_an_empty_file_is_an_empty_suite(tmp_path: Path) -> None:
     """Every section may be left out."""
     suite = load(tmp_path, "")
     assert not suite.models
     assert not suite.builds
+    assert not suite.passes
     assert suite.cases() == []
 
 
@@ -235,6 +285,63 @@ tolerances = {{ decode_tps = 0.1, ttft_ms = 0.2 }}
     assert list(suite.configs) == ["child", "middle", "top"]
 
 
+AGAINST = f"""{MODEL}
+[configs.f16]
+model = "tiny"
+[configs.q8]
+extends = "f16"
+against = "%s"
+"""
+
+
+@pytest.mark.parametrize(
+    "value", ["f16", "old.kldref", "old.kld", "refs/old", "~/old", "/refs/old.bin", ""]
+)
+def test_a_config_is_compared_with_a_config_or_a_file(tmp_path: Path, value: str) -> None:
+    """A file is known by its ending or by a slash; whether it is there is seen later."""
+    assert load(tmp_path, AGAINST % value).configs["q8"].against == value
+
+
+def test_a_config_against_itself_names_nothing(tmp_path: Path) -> None:
+    """Its own answers on the baseline's build are the reference of one that names none."""
+    assert load(tmp_path, AGAINST % "q8").configs["q8"].against == ""
+
+
+def test_a_config_may_be_compared_with_one_further_down(tmp_path: Path) -> None:
+    """The order of the file is of no matter."""
+    more = "[configs.later]\nmodel = 'tiny'\n"
+    assert load(tmp_path, AGAINST % "later" + more).configs["q8"].against == "later"
+
+
+def test_against_and_budgets_are_inherited(tmp_path: Path) -> None:
+    """A config's own budget wins; what is compared with the config itself is compared with none."""
+    suite = load(
+        tmp_path,
+        f"""{MODEL}
+[configs.q8]
+model = "tiny"
+against = "f16"
+budgets = {{ kld_mean = 0.01, same_top = 95 }}
+[configs.q4]
+extends = "q8"
+budgets = {{ kld_mean = 0.1, ppl = 20 }}
+[configs.own]
+extends = "q8"
+against = ""
+[configs.f16]
+extends = "q8"
+""",
+    )
+    assert {name: config.against for name, config in suite.configs.items()} == {
+        "q8": "f16",
+        "q4": "f16",
+        "own": "",
+        "f16": "",
+    }
+    assert suite.configs["q8"].budgets == {"kld_mean": 0.01, "same_top": 95.0}
+    assert suite.configs["q4"].budgets == {"kld_mean": 0.1, "same_top": 95.0, "ppl": 20.0}
+
+
 def test_a_config_may_take_back_what_it_inherits(tmp_path: Path) -> None:
     """`gpu = false` and `marks = []` win over the parent's."""
     suite = load(
@@ -287,6 +394,8 @@ def test_a_mistake_in_an_env_file_names_that_file(tmp_path: Path) -> None:
 
 CONFIG = MODEL + '[configs.c]\nmodel = "tiny"\n'
 WORKLOAD = "[workloads.w]\nturns = "
+CORPUS = "[passes.p]\ncorpus = 'a.txt'\n"
+BUDGET = CONFIG + "[configs.c.budgets]\n"
 
 
 @pytest.mark.parametrize(
@@ -314,8 +423,28 @@ WORKLOAD = "[workloads.w]\nturns = "
         # models
         ("[models.m]\nfiel = 1\n", "2: unknown key `fiel` in [models.m] (nearest: file): it takes"),
         ("[models.m]\nfile = 1\n", "2: `file` must be a string, not 1"),
-        ("[models.m]\nhelp = 'x'\n", "1: model `m` needs one of `file` and `synth`, has neither"),
-        ("[models.m]\nfile = 'a'\nsynth = {}\n", "1: model `m` needs one of `file` and `synth`"),
+        ("[models.m]\nhelp = 'x'\n", "1: model `m` needs one of `file`, `synth`, and `from` with"),
+        ("[models.m]\nfile = 'a'\nsynth = {}\n", "1: model `m` needs one of `file`, `synth`, and"),
+        ("[models.m]\nfrom = 1\n", "2: `from` must be a string, not 1"),
+        ("[models.m]\nfrom = 'a'\nquantize = 4\n", "3: `quantize` must be a string, not 4"),
+        ("[models.m]\nfrom = 'a'\n", "1: model `m` has `from` and lacks `quantize`: name one of"),
+        (
+            "[models.m]\nfrom = 'm'\nquantize = 'Q4_K'\n",
+            "2: model `m` is from `m`, which is no other model: there are none",
+        ),
+        (
+            MODEL + "[models.m]\nfrom = 'tini'\nquantize = 'Q4_K'\n",
+            "4: model `m` is from `tini`, which is no other model (nearest: tiny): there are tiny",
+        ),
+        (
+            MODEL + "[models.m]\nfrom = 'tiny'\nquantize = 'Q4_K'\n",
+            '4: model `m` is from `tiny`, which is made in Q8_0: set quant = "F16" in its `synth`',
+        ),
+        (
+            MODEL + "[models.a]\nfrom = 'b'\nquantize = 'Q4_K'\n"
+            "[models.b]\nfrom = 'tiny'\nquantize = 'Q8_0'\n",
+            "4: model `a` is from `b`, itself quantized from `tiny`: quantize from `tiny`, or the",
+        ),
         ("[models.m]\nfile = 'a'\nsha256 = 'ab'\n", "1: `sha256` of model `m` must be 64"),
         ("[models.m]\nsynth = true\n", "2: `synth` must be a table, not True"),
         ("[models.m]\nsynth = { layer = 1 }\n", "2: unknown key `layer` in [models.m.synth]"),
@@ -373,6 +502,71 @@ WORKLOAD = "[workloads.w]\nturns = "
             "[workloads.launch]\nturns = [{ prompt = 1, generate = 2 }]\n",
             "1: `launch` is taken: it stands for what a start alone shows",
         ),
+        # passes
+        (
+            "[passes.p]\ncorpora = 'a'\n",
+            "2: unknown key `corpora` in [passes.p] (nearest: corpus): it takes corpus, context,",
+        ),
+        ("[passes.a-b]\n", "1: `a-b` is no name for [passes]: use letters, digits, `.` and `_`"),
+        (
+            "[passes.launch]\ncorpus = 'a.txt'\n",
+            "1: `launch` is taken: it stands for what a start alone shows",
+        ),
+        (
+            "[passes.p]\nhelp = 'x'\n",
+            '1: lacks `corpus`, a text file such as "wiki.test.raw"',
+        ),
+        ("[passes.p]\ncorpus = ''\n", "1: lacks `corpus`, a text file"),
+        ("[passes.p]\ncorpus = 1\n", "2: `corpus` must be a string, not 1"),
+        (CORPUS + "context = 31\n", "3: `context` must be 32 tokens at least, not 31"),
+        (CORPUS + "context = 0\n", "3: `context` must be a whole number, at least 1, not 0"),
+        (CORPUS + "batch = 1.5\n", "3: `batch` must be a whole number, at least 1, not 1.5"),
+        (CORPUS + "ubatch = true\n", "3: `ubatch` must be a whole number, at least 1, not True"),
+        (CORPUS + "chunks = '4'\n", "3: `chunks` must be a whole number, at least 4, not '4'"),
+        (CORPUS + "chunks = 0\n", "3: `chunks` must be a whole number, at least 4, not 0"),
+        (
+            CORPUS + "batch = 1024\n",
+            "1: needs ubatch <= batch <= context, not 512, 1024, 512",
+        ),
+        (
+            CORPUS + "batch = 64\nubatch = 128\n",
+            "1: needs ubatch <= batch <= context, not 128, 64, 512",
+        ),
+        (CORPUS + "ubatch = 513\n", "1: needs ubatch <= batch <= context, not 513, 512, 512"),
+        (CORPUS + "path = 'api'\n", "3: `path` must be one of auto, tool, server, not 'api'"),
+        (CORPUS + "path = true\n", "3: `path` must be a string, not True"),
+        (CORPUS + "marks = 'gpu'\n", "3: `marks` must be a list, not 'gpu'"),
+        (CORPUS + "help = 1\n", "3: `help` must be a string, not 1"),
+        ("passes = 1\n", "1: `passes` must be a table"),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2 }]\n[passes.w]\ncorpus = 'a.txt'\n",
+            "3: `w` is a workload already: choose another name",
+        ),
+        # against
+        (
+            CONFIG + "against = 'd'\n[configs.x]\nextends = 'c'\n",
+            "5: against `d`, which is no config and no file: a file of recorded distributions ends",
+        ),
+        (CONFIG + "against = 'old.gguf'\n", "5: against `old.gguf`, which is no config and no"),
+        (CONFIG + "against = '.kldref'\n", "5: against `.kldref`, which is no config and no file"),
+        (
+            CONFIG + "against = 'cc'\n",
+            "5: against `cc`, which is no config (nearest: c) and no file",
+        ),
+        (CONFIG + "against = 1\n", "5: `against` must be a string, not 1"),
+        # budgets
+        (CONFIG + "budgets = 1\n", "5: `configs.c.budgets` must be a table"),
+        (
+            BUDGET + "kld_men = 1\n",
+            "6: `kld_men` has no budget (nearest: kld_mean): there are ppl, kld_mean, kld_p999,",
+        ),
+        (BUDGET + "decode_tps = 1\n", "6: `decode_tps` has no budget: there are ppl, kld_mean"),
+        (BUDGET + "kld_mean = 0\n", "6: `kld_mean` must be a number of nat above 0, not 0"),
+        (BUDGET + "ppl = -1\n", "6: `ppl` must be a number of ppl above 0, not -1"),
+        (BUDGET + "same_top = '95 %'\n", "6: `same_top` must be a number of % above 0, not '95"),
+        (BUDGET + "same_top = true\n", "6: `same_top` must be a number of % above 0, not True"),
+        (BUDGET + "kld_p999 = nan\n", "6: `kld_p999` must be a number of nat above 0, not nan"),
+        (BUDGET + "ppl = inf\n", "6: `ppl` must be a number of ppl above 0, not inf"),
         # tolerances
         ("[tolerances]\ndecode_tp = 0.1\n", "2: no metric `decode_tp` (nearest: decode_tps): "),
         ("[tolerances]\ndecode_tps = 1\n", "2: `decode_tps` must be a fraction from 0 to below 1"),
@@ -442,10 +636,11 @@ def test_every_web_of_extends_is_read_or_refused(
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    """Two configs and two workloads."""
+    """Two configs, two workloads and two passes."""
     return load(
         tmp_path,
         MODEL
+        + "".join(f"[passes.{name}]\ncorpus = 'a.txt'\n" for name in ("wiki", "code"))
         + "".join(f"[configs.{name}]\nmodel = 'tiny'\n" for name in ("a", "b"))
         + "".join(
             f"[workloads.{name}]\nturns = [{{ prompt = 1, generate = 2 }}]\n"
@@ -480,6 +675,29 @@ def test_no_workloads_means_the_start_alone(suite: Suite, workloads: list[str] |
     assert suite.cases(["a"], workloads) == [Case(suite.configs["a"], None)]
 
 
+def test_passes_follow_the_workloads_of_a_config(suite: Suite) -> None:
+    """Configs are outermost all the same."""
+    cases = suite.cases(["b", "a"], ["short"], ["code", "wiki"])
+    assert ids(cases) == ["b-short", "b-code", "b-wiki", "a-short", "a-code", "a-wiki"]
+    assert cases[1] == Case(suite.configs["b"], corpus_pass=suite.passes["code"])
+
+
+@pytest.mark.parametrize("workloads", [None, []])
+def test_passes_without_workloads_start_nothing_alone(
+    suite: Suite, workloads: list[str] | None
+) -> None:
+    """One case a config and pass."""
+    assert ids(suite.cases(None, workloads, ["wiki"])) == ["a-wiki", "b-wiki"]
+
+
+def test_an_unknown_pass_is_refused(suite: Suite) -> None:
+    """With the nearest one and all there are; a workload is none."""
+    with pytest.raises(PlanError, match=r"no pass `wki` \(nearest: wiki\): there are wiki, code$"):
+        suite.cases(["a"], None, ["wki"])
+    with pytest.raises(PlanError, match=r"no pass `short`: there are wiki, code$"):
+        suite.cases(["a"], None, ["short"])
+
+
 def test_an_unknown_config_is_refused(suite: Suite) -> None:
     """With the nearest one and all there are."""
     with pytest.raises(PlanError, match=r"suite\.toml: no config `c`: there are a, b$"):
@@ -498,6 +716,8 @@ def test_an_unknown_name_in_an_empty_suite_says_so(tmp_path: Path) -> None:
     """There is nothing to list."""
     with pytest.raises(PlanError, match=r"no config `c`: there are no configs$"):
         load(tmp_path, "").cases(["c"])
+    with pytest.raises(PlanError, match=r"no pass `p`: there are no passes$"):
+        load(tmp_path, "").cases([], None, ["p"])
 
 
 @given(st.sampled_from(list(METRICS)), st.floats(0, 1, exclude_max=True))

@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fakes import write_program
+from support.streams import CHUNKS, Lab, made_up
 
-from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BaselineError, ToolError
-from pytest_llmperf.quality.compare import Compared, Side, compare_passes
-from pytest_llmperf.quality.logits import write_stream
+from pytest_llmperf.plan.config import Config
+from pytest_llmperf.quality.compare import Compared, compare_passes
 from pytest_llmperf.quality.perplexity import PassPlan
-
-FAKE = Path(__file__).parents[2] / "fake_perplexity.py"
-CHUNKS, CONTEXT, VOCAB = 4, 16, 300
-SCORED = CONTEXT - 1 - CONTEXT // 2
+from pytest_llmperf.quality.side import Side
+from pytest_llmperf.serve.launch import ServePlan
 
 
-@dataclass
-class Lab:
-    """Streams of made-up models, and tools that write them."""
+def side(lab: Lab, name: str, stream: Path, fault: str = "") -> Side:
+    """Return a pass whose tool writes this stream and ends in this way."""
+    build = lab.build(name, stream, fault)
+    return Side(build, Config("c", "m"), Path("model"), "tool", ServePlan(lab.folder / "run"))
 
-    folder: Path
 
-    def stream(self, name: str, logits: np.ndarray, seed: int = 0) -> Path:
-        """Write a stream of these logits about a text."""
-        tokens = np.random.default_rng(seed).integers(0, VOCAB, (CHUNKS, CONTEXT))
-        path = self.folder / name
-        with path.open("wb") as file:
-            write_stream(file, tokens, logits, n_vocab=VOCAB)
-        return path
-
-    def side(self, name: str, stream: Path, fault: str = "") -> Side:
-        """Return a pass whose tool writes this stream and ends in this way."""
-        command = (sys.executable, str(FAKE))
-        write_program(self.folder / name / "llama-perplexity", command)
-        server = write_program(self.folder / name / "llama-server", command)
-        env = {"FAULT": fault, "STREAM": str(stream)}
-        build = Build(name, 1, "abc", str(server), "00", (str(server),), env=env)
-        return Side(build, {}, Path("model"))
-
-    def compare(self, base: Side, new: Side) -> Compared:
-        """Compare two passes."""
-        plan = PassPlan(folder=self.folder / "run", chunks=CHUNKS)
-        return compare_passes(base, new, Path("text"), plan)
+def compared(lab: Lab, base: Side, new: Side) -> Compared:
+    """Compare two passes."""
+    plan = PassPlan(folder=lab.folder / "run", chunks=CHUNKS)
+    return compare_passes(base, new, Path("text"), plan)
 
 
 @pytest.fixture
@@ -59,34 +37,33 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def logits() -> np.ndarray:
     """Logits of the scored tokens of four chunks."""
-    return np.random.default_rng(1).normal(0, 3, (CHUNKS, SCORED, VOCAB)).astype(np.float32)
+    return made_up()
 
 
 def test_equal_passes_do_not_diverge(lab: Lab, logits: np.ndarray) -> None:
     """Two builds that compute the same: no divergence, every top the same."""
     stream = lab.stream("a", logits)
-    found = lab.compare(lab.side("b1", stream), lab.side("b2", stream))
-    assert found.summary.kld.value == pytest.approx(0, abs=1e-6)
-    assert found.summary.same_top.value == 1
-    assert found.summary.chunks == CHUNKS
+    found = compared(lab, side(lab, "b1", stream), side(lab, "b2", stream))
+    assert found.tokens.kld.mean() == pytest.approx(0, abs=1e-6)
+    assert found.tokens.same_top.all()
+    assert found.tokens.n_chunk == CHUNKS
     assert (found.base.value, found.new.value) == (8.5, 8.5)
 
 
 def test_a_disturbed_pass_diverges(lab: Lab, logits: np.ndarray) -> None:
     """Noise on the logits of the build under test is seen in every chunk."""
-    noise = np.random.default_rng(2).normal(0, 0.5, logits.shape).astype(np.float32)
-    base, new = lab.stream("a", logits), lab.stream("b", logits + noise)
-    found = lab.compare(lab.side("b1", base), lab.side("b2", new))
-    assert found.summary.kld.value > 0.01
-    assert (found.summary.by_chunk.kld > 0).all()
-    assert found.summary.same_top.value < 1
+    base, new = lab.stream("a", logits), lab.stream("b", made_up(noise=1.0))
+    found = compared(lab, side(lab, "b1", base), side(lab, "b2", new))
+    assert found.tokens.kld.mean() > 0.01
+    assert (found.tokens.kld.reshape(CHUNKS, -1).mean(axis=1) > 0).all()
+    assert not found.tokens.same_top.all()
 
 
 def test_other_tokens_are_refused(lab: Lab, logits: np.ndarray) -> None:
     """A build that cuts the text differently is no candidate, and the error says where."""
     base, new = lab.stream("a", logits), lab.stream("b", logits, seed=5)
     with pytest.raises(BaselineError, match="differ in the text, first at chunk 0"):
-        lab.compare(lab.side("b1", base), lab.side("b2", new))
+        compared(lab, side(lab, "b1", base), side(lab, "b2", new))
 
 
 @pytest.mark.parametrize("fault", ["killed", "silent", "dies", "short"])
@@ -97,9 +74,10 @@ def test_a_tool_that_fails_is_the_error(
     """Not the broken stream that it left, nor what became of the other pass; nothing hangs."""
     stream = lab.stream("a", logits)
     sides = {
-        name: lab.side(name, stream, fault if name == failing else "") for name in ("base", "new")
+        name: side(lab, name, stream, fault if name == failing else "") for name in ("base", "new")
     }
     with pytest.raises(ToolError) as caught:
-        lab.compare(sides["base"], sides["new"])
-    assert "llama-perplexity " in str(caught.value)
+        compared(lab, sides["base"], sides["new"])
+    named = f"the pass of {failing}" if fault in {"killed", "silent"} else "llama-perplexity "
+    assert named in str(caught.value)
     assert not list((lab.folder / "run").glob("*.fifo"))

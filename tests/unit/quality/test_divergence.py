@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from pytest_llmperf.errors import BaselineError
 from pytest_llmperf.quality import divergence
-from pytest_llmperf.quality.divergence import TokenDivergences, compare, summarize
+from pytest_llmperf.quality.divergence import (
+    TokenDivergences,
+    compare,
+    summarize,
+    tails_by_chunk,
+)
 from pytest_llmperf.quality.logits import LogitsReader, write_stream
 
 N_CTX, N_CHUNK, N_VOCAB = 12, 4, 301
@@ -330,3 +335,56 @@ def test_a_part_of_a_chunk_is_refused(count: int) -> None:
     given_ = TokenDivergences(25, values, values, values, values > 0, values > 0, values > 0)
     with pytest.raises(ValueError, match=f"{count} tokens are not whole chunks of 25"):
         summarize(given_)
+
+
+def of_kld(kld: list[float] | NDArray[np.float32], n_scored: int) -> TokenDivergences:
+    """Divergences of which only the KLD matters."""
+    values = np.asarray(kld, np.float32)
+    blank, flags = np.zeros_like(values), np.zeros(len(values), np.bool_)
+    return TokenDivergences(n_scored, values, blank, blank, flags, flags, flags)
+
+
+@given(
+    chunks=st.integers(1, 8),
+    n_scored=st.integers(1, 300),
+    seed=SEEDS,
+    ties=st.booleans(),
+)
+def test_the_tails_hold_the_worst_tokens(
+    chunks: int,
+    n_scored: int,
+    seed: int,
+    ties: bool,  # noqa: FBT001 - drawn by Hypothesis
+) -> None:
+    """From the lists alone comes numpy's 99.9 % percentile of all tokens; they stay short."""
+    kld = np.random.default_rng(seed).lognormal(-4, 2, chunks * n_scored).astype(np.float32)
+    kld = np.round(kld, 1) if ties else kld
+    tails = tails_by_chunk(of_kld(kld, n_scored))
+    assert len(tails) == chunks
+    listed = sorted((value for tail in tails for value in tail), reverse=True)
+    rank, rest = divmod(len(kld) - 1, 1000)
+    upper, lower = listed[rank], listed[min(rank + 1, len(listed) - 1)]
+    assert upper + (lower - upper) * rest / 1000 == pytest.approx(
+        np.percentile(kld.astype(np.float64), 99.9), rel=1e-5
+    )
+    assert len(listed) <= max(2, math.ceil(len(kld) / 100)) + chunks
+    for tail, row in zip(tails, kld.reshape(chunks, n_scored), strict=True):
+        assert tail == sorted(tail, reverse=True)
+        assert tail[0] == pytest.approx(row.max(), rel=1e-5)
+
+
+def test_a_tail_by_hand() -> None:
+    """Of 300 tokens the three largest, by chunk, of equal ones the first; six digits."""
+    kld = np.full(300, 0.25)
+    kld[[10, 150, 170]] = 1 / 3, 2, 1
+    assert tails_by_chunk(of_kld(kld, 100)) == [[0.333333], [2.0, 1.0], [0.25]]
+    assert tails_by_chunk(of_kld([-1e-6] * 4, 2)) == [[-1e-6, -1e-6], [-1e-6]]
+
+
+def test_tails_of_nothing() -> None:
+    """No tokens, part of a chunk, or no number."""
+    for kld in ([], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="are not whole chunks of 2"):
+            tails_by_chunk(of_kld(kld, 2))
+    with pytest.raises(ValueError, match="no finite number"):
+        tails_by_chunk(of_kld([1.0, math.nan], 2))

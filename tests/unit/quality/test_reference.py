@@ -23,6 +23,7 @@ from pytest_llmperf.quality.reference import (
     ReferenceSettings,
     build_reference,
     compare_reference,
+    own_divergences,
 )
 
 MODEL, CORPUS = "ab" * 32, "cd" * 32
@@ -166,6 +167,30 @@ def test_tokens_are_kept_until_the_rest_is_light(
     wanted = rows.tail_mass[tailed] / 0.01
     assert (rows.sampled[tailed] >= np.clip(np.ceil(wanted - 1e-3), 2, 128)).all()
     assert (rows.sampled[tailed] <= np.clip(np.ceil(wanted + 1e-3), 2, 128)).all()
+
+
+@given(SEEDS)
+def test_the_base_diverges_from_itself_by_nothing(folder: Path, seed: int) -> None:
+    """A reference of few tokens tells the same as the stream compared with itself."""
+    # A flat row and a steep one: some of the tokens that came next are clipped.
+    base, _ = peaked(seed, noise=0.0, n_ctx=30)
+    exact = compare(reader(base), reader(base, "again"))
+    own = own_divergences(built(base, folder / "reference", ReferenceSettings(most_kept=3)))
+    assert (own.n_scored, own.n_chunk) == (exact.n_scored, exact.n_chunk)
+    np.testing.assert_allclose(own.kld, exact.kld, atol=1e-6)
+    for name in ("nll", "nll_base", "same_top", "at_floor", "at_floor_base"):
+        np.testing.assert_array_equal(getattr(own, name), getattr(exact, name))
+
+
+def test_what_was_altered_is_no_base_of_itself(tmp_path: Path) -> None:
+    """A chunk is checked when it is read."""
+    path = tmp_path / "reference"
+    reference = built(peaked(0)[0], path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(BaselineError, match="chunk 1 has been altered"):
+        own_divergences(reference)
 
 
 def test_progress_is_told_after_each_chunk(tmp_path: Path) -> None:

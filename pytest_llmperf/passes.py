@@ -1,0 +1,414 @@
+"""All passes over corpora of one run: which build answers what, against which reference.
+
+Every pass of a build, config and corpus is made once, however many tests and metrics look at it.
+What a config's answers are compared with is its reference:
+
+* its own answers on the baseline's build, if it names nothing else (``against`` is empty): a
+  baseline diverges from itself by nothing, so all divergence is the build's doing;
+* the answers of another config on the baseline's build (``against = "f16"``): both builds
+  diverge from those, by what the quantization costs, and the build is judged by the difference;
+* a file of recorded distributions (``against = "f16.kldref"``), however old, from any machine.
+
+Two builds that are compared side by side write at the same time, and one reader compares them
+exactly, with nothing on the disk. Whatever has to last, or is used by several configs, is kept as
+a compact reference (``quality/reference.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import psutil
+
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.errors import LlmperfError, ModelError, RunError
+from pytest_llmperf.files import expanded
+from pytest_llmperf.measure.gpu import free_mib
+from pytest_llmperf.measuring import measuring
+from pytest_llmperf.models.locate import parts, sha256
+from pytest_llmperf.plan.config import Case, Config, CorpusPass
+from pytest_llmperf.quality.compare import compare_passes
+from pytest_llmperf.quality.divergence import TokenDivergences, compare
+from pytest_llmperf.quality.logits import LogitsReader
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
+from pytest_llmperf.quality.reference import (
+    Reference,
+    build_reference,
+    compare_reference,
+    own_divergences,
+)
+from pytest_llmperf.quality.side import Side, Way, has_tool
+from pytest_llmperf.quality.values import Chunks, base_values, chunk_values
+from pytest_llmperf.serve.launch import ServePlan
+
+_T = TypeVar("_T")
+
+PROTOCOL = 1
+"""Raised when the way of passing changes so that older results no longer compare."""
+
+SUFFIX = ".kldref"
+
+_MIB = 1024 * 1024
+# Weights, then the KV cache and buffers of a context of a few thousand tokens.
+_OVERHEAD = 1.1
+# Reading two streams takes 250 MiB at a vocabulary of 248 K (docs/measurements.md).
+_READER_MIB = 300.0
+# Of natural text a reference keeps half of this a token; random text takes more.
+_REFERENCE_BYTES = 4096
+_SPARE_DISK_MIB = 64.0
+# All of a small vocabulary; of a large one, what leaves a tail of next to nothing.
+_ALL_LISTED = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What one pass said of one config.
+
+    Attributes:
+        build: Label of the build.
+        command: As one would type it.
+        log: Its log.
+        values: Metric name to one list a chunk.
+        tokens: Scored tokens of a chunk.
+        way: Which program computed the log-probabilities.
+        reference: The file that it diverges from; None where the baseline's own pass, made at
+            the same time, was the reference.
+        doubt: What the reference adds to the mean KLD: its standard error, and the bounds that
+            hold for certain, nats; empty where nothing.
+    """
+
+    build: str
+    command: str
+    log: str
+    values: Chunks
+    tokens: int
+    way: Way
+    reference: Path | None = None
+    doubt: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Passes:
+    """The passes of one run.
+
+    Attributes:
+        new: The build under test.
+        base: The build measured side by side, or None.
+        configs: All configs of the suite file, by name.
+        model: Finds a config's model file.
+        corpus: Finds a pass's text.
+        serve: Run folder, limits and progress.
+        cache: Cache folder: references and hashes.
+        lock: Lock file that keeps other measuring on this machine away.
+        suite_folder: Folder that relative names of references start from.
+        limit: Most seconds that a pass may be expected to take.
+        before: Called before the first program of a pass starts.
+    """
+
+    new: Build
+    base: Build | None
+    configs: Mapping[str, Config]
+    model: Callable[[Config], Path]
+    corpus: Callable[[CorpusPass], Path]
+    serve: ServePlan
+    cache: Path
+    lock: Path
+    suite_folder: Path
+    limit: float
+    before: Callable[[], None] = lambda: None
+    _made: dict[tuple[object, ...], object] = field(default_factory=dict)
+
+    def side_by_side(self, case: Case) -> tuple[Passed, Passed]:
+        """Return what the baseline's build and the build under test say of a case.
+
+        Raises:
+            LlmperfError: If a pass cannot be made, or breaks off.
+        """
+        config, one = _parts(case)
+        base = self.base
+        if base is None:
+            raise RunError("there is no second build to measure side by side")
+        if not config.against and self._fits(config, 2):
+            return self._once((case.key, "both"), lambda: self._both(base, config, one))
+        first = self._alone(base, case)
+        return first, self._against(self.new, case, _file_of(first))
+
+    def alone(self, case: Case) -> Passed:
+        """Return what the build under test says of a case, with a reference of its own making.
+
+        Raises:
+            LlmperfError: If a pass cannot be made, or breaks off.
+        """
+        return self._alone(self.new, case)
+
+    def against(self, case: Case, recorded: Path) -> Passed:
+        """Return what the build under test says of a case, against a recorded reference.
+
+        Raises:
+            LlmperfError: If a pass cannot be made, breaks off, or is about other tokens.
+        """
+        return self._against(self.new, case, recorded)
+
+    def names_file(self, config: Config) -> bool:
+        """Return whether a config names a file as its reference."""
+        return bool(config.against) and config.against not in self.configs
+
+    def given_reference(self, case: Case) -> Path | None:
+        """Return the file that a config names as its reference, None if it names none.
+
+        Raises:
+            ModelError: If there is no such file.
+        """
+        against = case.config.against
+        if not self.names_file(case.config):
+            return None
+        path = self.suite_folder / expanded(against)
+        if not path.is_file():
+            raise ModelError(
+                f"config {case.config.name}: against = {against!r}: no such file ({path}): put it "
+                "there, or name a config instead"
+            )
+        return path
+
+    def fingerprint(self, case: Case, passed: Passed) -> dict[str, str | int | float | bool]:
+        """Return what must be equal for two results of a case to be comparable."""
+        config, one = _parts(case)
+        options = {**config.options, **self.new.options}
+        running = self.new.url is not None
+        return {
+            "protocol": f"quality {PROTOCOL}",
+            "model": "of the running server" if running else self._model_sha(config),
+            "options": "of the running server"
+            if running
+            else " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+            "corpus": self._sha(self.corpus(one))[:16],
+            "pass": one.digest(),
+            "path": passed.way,
+            "reference": "" if passed.reference is None else self.digest(passed.reference),
+            "tokens": passed.tokens,
+        }
+
+    def digest(self, reference: Path) -> str:
+        """Return a short hash of a reference, as fingerprints hold it."""
+        return self._sha(reference)[:16]
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
+        """Make a thing once; what failed is not tried again by every metric and test."""
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except LlmperfError as error:
+                self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, LlmperfError):
+            raise found
+        return found  # type: ignore[return-value]  # what was made under this key
+
+    def _alone(self, build: Build, case: Case) -> Passed:
+        config, one = _parts(case)
+        given = self.given_reference(case)
+        if given is not None:
+            return self._against(build, case, given)
+        if config.against:
+            other = self.configs[config.against]
+            reference = self._once(
+                (build.identity, other.name, one.name, "reference"),
+                lambda: self._kept_reference(build, other, one),
+            )
+            return self._against(build, case, reference)
+        return self._once((build.identity, case.key, "own"), lambda: self._own(build, config, one))
+
+    def _against(self, build: Build, case: Case, reference: Path) -> Passed:
+        config, one = _parts(case)
+        return self._once(
+            (build.identity, case.key, str(reference)),
+            lambda: self._diverge(build, config, one, reference),
+        )
+
+    def _both(self, base: Build, config: Config, one: CorpusPass) -> tuple[Passed, Passed]:
+        sides = self._side(base, config, one), self._side(self.new, config, one)
+        with self._passing(config, f"{base.label} and {self.new.label} {one.name}"):
+            found = compare_passes(*sides, self.corpus(one), self._plan(one))
+        tokens = found.tokens
+        return (
+            _passed(sides[0], found.base, base_values(found.base, tokens), tokens),
+            _passed(sides[1], found.new, chunk_values(found.new, tokens), tokens),
+        )
+
+    def _own(self, build: Build, config: Config, one: CorpusPass) -> Passed:
+        """Record a config's own answers as a reference of the run folder."""
+        name = re.sub(r"[^\w.+-]", "_", f"{build.label}-{config.name}-{one.name}")
+        path = self.serve.folder / f"{name}{SUFFIX}"
+        found, reference = self._record(build, config, one, path)
+        tokens = own_divergences(reference)
+        return _passed(
+            self._side(build, config, one), found, base_values(found, tokens), tokens, path
+        )
+
+    def _kept_reference(self, build: Build, config: Config, one: CorpusPass) -> Path:
+        """Return the reference of another config's answers; it is kept, and never changed."""
+        what = [
+            *(PROTOCOL, build.sha256, build.url, sorted(map(str, build.env.items()))),
+            *(config.model, sorted(map(str, {**config.options, **build.options}.items()))),
+            *(one.digest(), self._sha(self.corpus(one)), self._way(one)),
+            "" if build.url is not None else self._model_sha(config),
+        ]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        path = self.cache / "references" / f"{config.name}-{one.name}-{digest}{SUFFIX}"
+        if path.is_file() and build.url is None:
+            return path
+        self._record(build, config, one, path)
+        return path
+
+    def _record(
+        self, build: Build, config: Config, one: CorpusPass, path: Path
+    ) -> tuple[Perplexity, Reference]:
+        side = self._side(build, config, one)
+        corpus = self.corpus(one)
+        self._check_disk(corpus, one, path.parent)
+        made: list[Reference] = []
+
+        def consume(stream: BinaryIO) -> None:
+            made.append(
+                build_reference(
+                    LogitsReader(stream, f"the log-probabilities of {build.label}"),
+                    path,
+                    model_sha256=self._model_sha(config) if build.url is None else "0" * 64,
+                    corpus_sha256=self._sha(corpus),
+                )
+            )
+
+        with self._passing(config, f"{build.label} {one.name}, recording a reference"):
+            found = side.run(corpus, self._plan(one), consume)
+        return found, made[0]
+
+    def _diverge(self, build: Build, config: Config, one: CorpusPass, reference: Path) -> Passed:
+        side = self._side(build, config, one)
+        if self.names_file(config):
+            # Whoever recorded it, and by which program: it has no tail shared evenly.
+            side = replace(side, listed=_ALL_LISTED)
+        doubt: dict[str, float] = {}
+        made: list[TokenDivergences] = []
+
+        def consume(stream: BinaryIO) -> None:
+            candidate = LogitsReader(stream, f"the log-probabilities of {build.label}")
+            if reference.suffix != SUFFIX:
+                with reference.open("rb") as file:
+                    made.append(compare(LogitsReader(file, str(reference)), candidate))
+                return
+            found = compare_reference(Reference.load(reference), candidate)
+            low, high = found.kld_bounds
+            doubt.update(kld_error=found.kld_error, kld_least=low, kld_most=high)
+            made.append(found.tokens)
+
+        with self._passing(config, f"{build.label} {one.name}"):
+            found = side.run(self.corpus(one), self._plan(one), consume)
+        passed = _passed(side, found, chunk_values(found, made[0]), made[0], reference)
+        return replace(passed, doubt=doubt)
+
+    @contextlib.contextmanager
+    def _passing(self, config: Config, what: str) -> Iterator[None]:
+        self.before()
+        with measuring(self.lock, self.serve.progress):
+            self.serve.progress(f"{config.name}: {what}")
+            yield
+
+    def _side(self, build: Build, config: Config, one: CorpusPass) -> Side:
+        model = self.model(config) if build.url is None else Path()
+        if build.url is None and not self._fits(config, 1):
+            free = psutil.virtual_memory().available / _MIB
+            raise RunError(
+                f"config {config.name}: a pass needs about {self._need(config, 1):.0f} MiB of "
+                f"memory, {free:.0f} MiB are available: end other programs, or take a smaller model"
+            )
+        return Side(build, config, model, self._way(one), self.serve)
+
+    def _way(self, one: CorpusPass) -> Way:
+        if one.path != "auto":
+            return one.path
+        builds = [build for build in (self.new, self.base) if build is not None]
+        return "tool" if all(map(has_tool, builds)) else "server"
+
+    def _plan(self, one: CorpusPass) -> PassPlan:
+        return PassPlan(
+            context=one.context,
+            batch=one.batch,
+            ubatch=one.ubatch,
+            chunks=one.chunks,
+            folder=self.serve.folder,
+            limit=self.limit,
+            progress=self.serve.progress,
+        )
+
+    def _fits(self, config: Config, times: int) -> bool:
+        if not config.gpu:
+            return psutil.virtual_memory().available / _MIB >= self._need(config, times)
+        # How much of one goes to the GPU only the build knows; two should have ample room.
+        free = free_mib() if times > 1 else {}
+        return times == 1 or (bool(free) and min(free.values()) > 2 * self._need(config, times))
+
+    def _need(self, config: Config, times: int) -> float:
+        """Return the memory of so many passes at once, MiB."""
+        if any(build is not None and build.url is not None for build in (self.new, self.base)):
+            return _READER_MIB
+        weights = sum(part.stat().st_size for part in parts(self.model(config))) / _MIB
+        return times * weights * _OVERHEAD + _READER_MIB
+
+    def _check_disk(self, corpus: Path, one: CorpusPass, folder: Path) -> None:
+        # A token has a byte at least.
+        most = corpus.stat().st_size // one.context
+        chunks = most if one.chunks is None else min(one.chunks, most)
+        need = chunks * one.context / 2 * _REFERENCE_BYTES / _MIB + _SPARE_DISK_MIB
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free / _MIB
+        if free < need:
+            raise RunError(
+                f"pass {one.name}: its reference may take {need:.0f} MiB in {folder}, "
+                f"{free:.0f} MiB are free: make room, or pass fewer `chunks`"
+            )
+
+    def _model_sha(self, config: Config) -> str:
+        return self._sha(self.model(config))
+
+    def _sha(self, path: Path) -> str:
+        return sha256(path, self.cache)
+
+
+def _parts(case: Case) -> tuple[Config, CorpusPass]:
+    if case.corpus_pass is None:
+        raise RunError(f"{case.key} passes no corpus")
+    return case.config, case.corpus_pass
+
+
+def _file_of(passed: Passed) -> Path:
+    if passed.reference is None:  # pragma: no cover - a pass alone always has one
+        raise RunError(f"the pass of {passed.build} left no reference")
+    return passed.reference
+
+
+def _passed(
+    side: Side,
+    found: Perplexity,
+    values: Chunks,
+    tokens: TokenDivergences,
+    reference: Path | None = None,
+) -> Passed:
+    return Passed(
+        side.build.label,
+        found.command,
+        found.log,
+        values,
+        tokens.n_scored,
+        side.way,
+        reference,
+    )

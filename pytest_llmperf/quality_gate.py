@@ -1,0 +1,141 @@
+"""One quality metric of one case to its verdict, from passes over a corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_llmperf.errors import LlmperfError, PartialPassError
+from pytest_llmperf.gate import (
+    Absent,
+    Comparison,
+    Record,
+    SideBySide,
+    Stored,
+    differences,
+    missing_from,
+    since,
+)
+from pytest_llmperf.judge.chunks import pooled
+from pytest_llmperf.judge.decide import (
+    compare_published,
+    failed,
+    incomparable,
+    missing,
+    recorded_chunks,
+)
+from pytest_llmperf.judge.quality import compare_quality
+from pytest_llmperf.judge.references import find_reference
+from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.metrics import Metric
+from pytest_llmperf.passes import Passed, Passes
+from pytest_llmperf.plan.config import Case
+
+PERPLEXITY = "ppl"
+"""The one metric that needs no reference."""
+
+_AGAINST_ITSELF = (
+    "{metric} of {case} was published, and it needs what it was measured against: name that in the "
+    "suite file, `against`"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QualityQuestion:
+    """One quality metric of one case.
+
+    Attributes:
+        passes: Makes the passes of the run, or has made them.
+        case: Config and corpus pass.
+        metric: One of :data:`pytest_llmperf.judge.quality.QUALITY`.
+        tolerance: Relative change for the worse that is allowed.
+    """
+
+    passes: Passes
+    case: Case
+    metric: Metric
+    tolerance: float
+
+    def answer(self, comparison: Comparison) -> tuple[Verdict, Passed | None, Passed | None]:
+        """Return the verdict, and the passes of the baseline's build and the build under test."""
+        try:
+            verdict, base, new = self._answer(comparison)
+            return replace(verdict, tolerance=self.tolerance), base, new
+        except PartialPassError as error:
+            told = {"planned": error.planned, "running": list(error.running)}
+            verdict = failed(self.metric, str(error))
+            verdict = replace(verdict, evidence={**verdict.evidence, "partial": told})
+        except LlmperfError as error:
+            verdict = failed(self.metric, str(error))
+        return replace(verdict, tolerance=self.tolerance), None, None
+
+    def _answer(self, comparison: Comparison) -> tuple[Verdict, Passed | None, Passed | None]:
+        metric = self.metric
+        if isinstance(comparison, Absent):
+            return missing(metric, comparison.reason), None, None
+        if isinstance(comparison, SideBySide):
+            base, new = self.passes.side_by_side(self.case)
+            return self._compared(base.values[metric.name], new), base, new
+        if isinstance(comparison, Record):
+            new = self.passes.alone(self.case)
+            verdict = recorded_chunks(metric, new.values[metric.name], tokens=new.tokens)
+            return verdict, None, new
+        verdict, passed = self._stored(comparison)
+        return verdict, None, passed
+
+    def _compared(self, base: list[list[float]], new: Passed) -> Verdict:
+        verdict = compare_quality(
+            self.metric,
+            base,
+            new.values[self.metric.name],
+            tokens=new.tokens,
+            tolerance=self.tolerance,
+            budget=self.case.config.budgets.get(self.metric.name),
+        )
+        about = {"way": new.way, **new.doubt}
+        return replace(verdict, evidence={**verdict.evidence, "pass": about})
+
+    def _stored(self, stored: Stored) -> tuple[Verdict, Passed | None]:
+        case, metric = self.case, self.metric
+        entries = stored.baseline.results.get(case.key)
+        known = (entries or {}).get(metric.name)
+        if known is None:
+            # Measured all the same: a build that cannot run this case must not pass it.
+            tried = entries is not None and stored.baseline.published
+            measured = self.passes.alone(case) if tried else None
+            return missing_from(stored, case, metric), measured
+        if known.launches is None:
+            if metric.name != PERPLEXITY and not case.config.against:
+                return failed(
+                    metric, _AGAINST_ITSELF.format(metric=metric.name, case=case.key)
+                ), None
+            new = self.passes.alone(case)
+            value = pooled(metric, new.values[metric.name], new.tokens)
+            verdict = compare_published(metric, known.value, [[value]], tolerance=self.tolerance)
+            return verdict, new
+        fingerprint = stored.baseline.fingerprints.get(case.key, {})
+        reference = self._reference(stored, str(fingerprint.get("reference", "")))
+        if isinstance(reference, str):
+            return incomparable(metric, [reference]), None
+        new = self.passes.against(case, reference)
+        measured_with = self.passes.fingerprint(case, new)
+        if differing := differences(fingerprint, measured_with):
+            return incomparable(metric, differing), new
+        verdict = self._compared([list(chunk) for chunk in known.launches], new)
+        if stored.oldest is not None:
+            # What a model makes of a text does not depend on what it is compared with.
+            ignored = ("reference",) if metric.name == PERPLEXITY else ()
+            verdict = since(verdict, *stored.oldest, case.key, measured_with, ignored)
+        return verdict, new
+
+    def _reference(self, stored: Stored, digest: str) -> Path | str:
+        """Return the reference that was recorded, or what is wrong with it."""
+        given = self.passes.given_reference(self.case)
+        if given is not None:
+            return given
+        found = find_reference(Path(stored.path), digest)
+        if found is None:
+            return f"reference {digest}, which is missing beside {stored.path}"
+        if self.passes.digest(found) != digest:
+            return f"reference: {found} is not the one that was recorded"
+        return found
