@@ -89,15 +89,14 @@ METRICS: dict[str, Metric] = {
         _exact("graph_splits", "splits", "lower", 0.0, "parts of the graph, from the log"),
         _quality("ppl", "ppl", "lower", 0.01, 0.0, "perplexity of the corpus"),
         # A baseline that is its own reference has no value to take a share of: there the slack
-        # decides. Two unrelated builds that serve the same quantized model were measured up to
-        # 0.0008 nat and 2.3 % of the likeliest tokens apart, by the rounding of their kernels; half
-        # of what Q6_K costs. Models in floats are a thousand times closer: give those a budget.
-        _quality("kld_mean", "nat", "lower", 0.10, 0.001, "mean KL divergence from the reference"),
-        # This percentile is ten to twenty times the mean: on the packaged model 0.0016
-        # with KV q8_0 and 0.003 of Q8_0, which pass, 0.15 of Q4_K_M and 0.38 with KV q4_0.
-        _quality("kld_p999", "nat", "lower", 0.25, 0.05, "99.9 % percentile of the KL divergence"),
+        # decides. Other kernels for the same quantized model, on one machine, were measured up to
+        # 0.0017 nat, 2.7 % of the likeliest tokens and a percentile of 0.06 nat apart, by rounding
+        # alone (docs/measurements.md); Q6_K costs 0.002. A model in floats is a thousand times
+        # closer to itself: give that a budget.
+        _quality("kld_mean", "nat", "lower", 0.10, 0.0025, "mean KL divergence from the reference"),
+        _quality("kld_p999", "nat", "lower", 0.25, 0.1, "99.9 % percentile of the KL divergence"),
         _quality("kld_max", "nat", "lower", 0.50, 0.0, "largest KL divergence of one token"),
-        _quality("same_top", "%", "higher", 0.005, 3.0, "tokens with the same likeliest successor"),
+        _quality("same_top", "%", "higher", 0.005, 4.0, "tokens with the same likeliest successor"),
         _exact("n_ctx", "tokens", "higher", 0.0, "context of one slot, as the server reports it"),
     )
 }

@@ -95,7 +95,12 @@ def allowed(verdict: Verdict) -> str:
         parts.append(f"{sign}{100 * verdict.tolerance:g} %")
     if verdict.slack:
         parts.append(f"{verdict.slack:g} {metric.unit}")
-    return " or ".join(parts) or "none"
+    change = " or ".join(parts) or "none"
+    budget = verdict.evidence.get("budget")
+    if not isinstance(budget, int | float):
+        return change
+    most = "least" if metric.better == "higher" else "most"
+    return f"{change}, at {most} {budget:g}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -149,11 +154,23 @@ def _explain(verdict: Verdict) -> list[str]:
             f"    {figure(verdict.base, metric.unit)} -> {figure(verdict.new, metric.unit)}"
             f"{change}{ends}; allowed {allowed(verdict)}; {metric.better} is better"
         )
-        lines.append(
-            f"    {verdict.mode}; launches {verdict.launches_base} + {verdict.launches_new}, "
-            f"samples {verdict.samples_base} + {verdict.samples_new}"
-        )
+        lines.append(f"    {_behind(verdict)}")
     return lines
+
+
+def _behind(verdict: Verdict) -> str:
+    """Return what a verdict rests on."""
+    if verdict.mode == "chunks":
+        return f"one pass of each build, by chunk; {_chunks(verdict)} chunks"
+    return (
+        f"{verdict.mode}; launches {verdict.launches_base} + {verdict.launches_new}, "
+        f"samples {verdict.samples_base} + {verdict.samples_new}"
+    )
+
+
+def _chunks(verdict: Verdict) -> int:
+    chunks = verdict.evidence.get("new_chunks")
+    return len(chunks) if isinstance(chunks, list) else 0
 
 
 def _next_step(result: Result) -> str:

@@ -388,7 +388,7 @@ def test_a_baseline_that_is_its_own_reference() -> None:
         verdict = compare_tails(TAIL, nothing, lists, tokens=4096, tolerance=0.25)
         assert verdict.outcome is outcome
         assert verdict.change is None
-        assert "the tolerance of 0.05 nat" in verdict.reason
+        assert "the tolerance of 0.1 nat" in verdict.reason
 
 
 def test_one_entry_for_all_metrics() -> None:

@@ -84,6 +84,26 @@ def test_what_is_allowed_points_to_the_worse(
     assert allowed(one) == shown
 
 
+@pytest.mark.parametrize(
+    ("metric", "budget", "shown"),
+    [("kld_mean", 0.02, "+7 %, at most 0.02"), ("same_top", 98.5, "-7 %, at least 98.5")],
+)
+def test_a_budget_is_shown(verdict: Verdict, metric: str, budget: float, shown: str) -> None:
+    """It bounds the value itself."""
+    one = replace(verdict, metric=metric, tolerance=0.07, slack=0.0, evidence={"budget": budget})
+    assert allowed(one) == shown
+
+
+def test_what_a_quality_verdict_rests_on_is_told_in_chunks(
+    result: Result, verdict: Verdict
+) -> None:
+    """A pass is no launch of a server with samples."""
+    one = replace(verdict, metric="kld_mean", mode="chunks", evidence={"new_chunks": [[0.1]] * 20})
+    told = failure(replace(result, verdicts=(one,)), strict=False)
+    assert "one pass of each build, by chunk; 20 chunks" in told
+    assert "samples" not in told
+
+
 def test_a_row_has_a_cell_for_each_head(result: Result, verdict: Verdict) -> None:
     """In the order of the header."""
     assert dict(zip(HEADER, row(result, verdict), strict=True)) == {
