@@ -24,12 +24,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO, TypeVar
 
 import psutil
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import LlmperfError, ModelError, RunError
+from pytest_llmperf.errors import BaselineError, LlmperfError, ModelError, RunError
 from pytest_llmperf.files import expanded
 from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measuring import measuring
@@ -38,7 +39,7 @@ from pytest_llmperf.plan.config import Case, Config, CorpusPass
 from pytest_llmperf.quality.compare import compare_passes
 from pytest_llmperf.quality.divergence import TokenDivergences, compare
 from pytest_llmperf.quality.logits import LogitsReader
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, tool_of
 from pytest_llmperf.quality.reference import (
     Reference,
     build_reference,
@@ -62,8 +63,13 @@ _OVERHEAD = 1.1
 # Reading two streams takes 250 MiB at a vocabulary of 248 K (docs/measurements.md).
 _READER_MIB = 300.0
 # Of natural text a reference keeps half of this a token; random text takes more.
-_REFERENCE_BYTES = 4096
+_REFERENCE_BYTES = 2048
 _SPARE_DISK_MIB = 64.0
+# A token of text has several bytes; two are the fewest that a whole text was seen to have.
+_TOKEN_BYTES = 2
+# Given by the pass, whatever a config says of them.
+_PINNED = ("ctx-size", "batch-size", "ubatch-size", "parallel", "chunks")
+_FEWEST_CHUNKS = 4
 # All of a small vocabulary; of a large one, what leaves a tail of next to nothing.
 _ALL_LISTED = 8192
 
@@ -81,6 +87,7 @@ class Passed:
         way: Which program computed the log-probabilities.
         reference: The file that it diverges from; None where the baseline's own pass, made at
             the same time, was the reference.
+        model: Name of the model file as a server tells it, ``""`` by the tool.
         doubt: What the reference adds to the mean KLD: its standard error, and the bounds that
             hold for certain, nats; empty where nothing.
     """
@@ -92,6 +99,7 @@ class Passed:
     tokens: int
     way: Way
     reference: Path | None = None
+    model: str = ""
     doubt: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -110,6 +118,7 @@ class Passes:
         lock: Lock file that keeps other measuring on this machine away.
         suite_folder: Folder that relative names of references start from.
         limit: Most seconds that a pass may be expected to take.
+        machine: What its numbers may depend on of this machine, in words.
         before: Called before the first program of a pass starts.
     """
 
@@ -123,8 +132,10 @@ class Passes:
     lock: Path
     suite_folder: Path
     limit: float
+    machine: str = ""
     before: Callable[[], None] = lambda: None
     _made: dict[tuple[object, ...], object] = field(default_factory=dict)
+    _saying: Lock = field(default_factory=Lock)
 
     def side_by_side(self, case: Case) -> tuple[Passed, Passed]:
         """Return what the baseline's build and the build under test say of a case.
@@ -178,20 +189,27 @@ class Passes:
             )
         return path
 
-    def fingerprint(self, case: Case, passed: Passed) -> dict[str, str | int | float | bool]:
-        """Return what must be equal for two results of a case to be comparable."""
+    def conditions(self, case: Case) -> dict[str, str | int | float | bool]:
+        """Return what is known before a pass of all that must be equal to compare it."""
         config, one = _parts(case)
-        options = {**config.options, **self.new.options}
-        running = self.new.url is not None
-        return {
+        found: dict[str, str | int | float | bool] = {
             "protocol": f"quality {PROTOCOL}",
-            "model": "of the running server" if running else self._model_sha(config),
-            "options": "of the running server"
-            if running
-            else " ".join(f"{name}={value}" for name, value in sorted(options.items())),
             "corpus": self._sha(self.corpus(one))[:16],
             "pass": one.digest(),
-            "path": passed.way,
+            "path": self._way(one),
+            "against": self._against_what(config),
+        }
+        if self.new.url is None:
+            found |= {"model": self._model_sha(config), "options": self._options(config)}
+        return found
+
+    def fingerprint(self, case: Case, passed: Passed) -> dict[str, str | int | float | bool]:
+        """Return what must be equal for two results of a case to be comparable."""
+        found = self.conditions(case)
+        if self.new.url is not None:
+            found |= {"model": passed.model, "options": "of the running server"}
+        return {
+            **found,
             "reference": "" if passed.reference is None else self.digest(passed.reference),
             "tokens": passed.tokens,
         }
@@ -201,6 +219,21 @@ class Passes:
         return self._sha(reference)[:16]
 
     # -- inside ----------------------------------------------------------------------------
+
+    def _options(self, config: Config) -> str:
+        options = {**config.options, **self.new.options}
+        kept = sorted((name, value) for name, value in options.items() if name not in _PINNED)
+        return " ".join(f"{name}={value}" for name, value in kept)
+
+    def _against_what(self, config: Config) -> str:
+        if not config.against:
+            return "itself"
+        if self.names_file(config):
+            return "a file"
+        other = self.configs[config.against]
+        if self.new.url is not None:
+            return other.name
+        return f"{self._model_sha(other)[:16]} {self._options(other)}".rstrip()
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         """Make a thing once; what failed is not tried again by every metric and test."""
@@ -221,59 +254,86 @@ class Passes:
             return self._against(build, case, given)
         if config.against:
             other = self.configs[config.against]
+            if build.url is not None:
+                raise RunError(
+                    f"config {config.name}: {build.label} is a running server and has one config, "
+                    f"so {other.name} cannot be asked of it: name a file with `against`, or have "
+                    "the build started here"
+                )
             reference = self._once(
                 (build.identity, other.name, one.name, "reference"),
                 lambda: self._kept_reference(build, other, one),
             )
             return self._against(build, case, reference)
-        return self._once((build.identity, case.key, "own"), lambda: self._own(build, config, one))
+        return self._once(
+            (build is self.new, case.key, "own"), lambda: self._own(build, config, one)
+        )
 
     def _against(self, build: Build, case: Case, reference: Path) -> Passed:
         config, one = _parts(case)
+        # Two builds that are equal are passed twice all the same: what differs is noise, and seen.
         return self._once(
-            (build.identity, case.key, str(reference)),
+            (build is self.new, case.key, str(reference)),
             lambda: self._diverge(build, config, one, reference),
         )
 
     def _both(self, base: Build, config: Config, one: CorpusPass) -> tuple[Passed, Passed]:
-        sides = self._side(base, config, one), self._side(self.new, config, one)
         with self._passing(config, f"{base.label} and {self.new.label} {one.name}"):
+            sides = self._side(base, config, one), self._side(self.new, config, one)
             found = compare_passes(*sides, self.corpus(one), self._plan(one))
         tokens = found.tokens
+        # Perplexities of both by the same means, or what one stream clips would count as a change.
+        told = min(len(found.base.running), len(found.new.running))
+        first, second = (
+            replace(one_pass, running=one_pass.running[:told])
+            for one_pass in (found.base, found.new)
+        )
         return (
-            _passed(sides[0], found.base, base_values(found.base, tokens), tokens),
-            _passed(sides[1], found.new, chunk_values(found.new, tokens), tokens),
+            _passed(sides[0], found.base, base_values(first, tokens), tokens),
+            _passed(sides[1], found.new, chunk_values(second, tokens), tokens),
         )
 
     def _own(self, build: Build, config: Config, one: CorpusPass) -> Passed:
         """Record a config's own answers as a reference of the run folder."""
         name = re.sub(r"[^\w.+-]", "_", f"{build.label}-{config.name}-{one.name}")
         path = self.serve.folder / f"{name}{SUFFIX}"
-        found, reference = self._record(build, config, one, path)
+        with self._passing(config, f"{build.label} {one.name}, recording a reference"):
+            side = self._side(build, config, one)
+            found, reference = self._record(side, one, path)
         tokens = own_divergences(reference)
-        return _passed(
-            self._side(build, config, one), found, base_values(found, tokens), tokens, path
-        )
+        return _passed(side, found, base_values(found, tokens), tokens, path)
 
     def _kept_reference(self, build: Build, config: Config, one: CorpusPass) -> Path:
         """Return the reference of another config's answers; it is kept, and never changed."""
+        way = self._way(one)
         what = [
-            *(PROTOCOL, build.sha256, build.url, sorted(map(str, build.env.items()))),
-            *(config.model, sorted(map(str, {**config.options, **build.options}.items()))),
-            *(one.digest(), self._sha(self.corpus(one)), self._way(one)),
-            "" if build.url is not None else self._model_sha(config),
+            *(PROTOCOL, self.machine, build.sha256, sorted(map(str, build.env.items()))),
+            *(
+                self._model_sha(config),
+                sorted(map(str, {**config.options, **build.options}.items())),
+            ),
+            *(one.digest(), self._sha(self.corpus(one)), way),
+            # The hash of a build is that of its server.
+            self._sha(tool_of(build)) if way == "tool" else "",
         ]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         path = self.cache / "references" / f"{config.name}-{one.name}-{digest}{SUFFIX}"
-        if path.is_file() and build.url is None:
-            return path
-        self._record(build, config, one, path)
+        if not self._usable(path):
+            with self._passing(config, f"{build.label} {one.name}, recording a reference"):
+                # Another run may have made it while this one waited.
+                if not self._usable(path):
+                    self._record(self._side(build, config, one), one, path)
         return path
 
-    def _record(
-        self, build: Build, config: Config, one: CorpusPass, path: Path
-    ) -> tuple[Perplexity, Reference]:
-        side = self._side(build, config, one)
+    def _usable(self, path: Path) -> bool:
+        try:
+            Reference.load(path)
+        except BaselineError:
+            return False
+        return True
+
+    def _record(self, side: Side, one: CorpusPass, path: Path) -> tuple[Perplexity, Reference]:
+        build, config = side.build, side.config
         corpus = self.corpus(one)
         self._check_disk(corpus, one, path.parent)
         made: list[Reference] = []
@@ -288,30 +348,35 @@ class Passes:
                 )
             )
 
-        with self._passing(config, f"{build.label} {one.name}, recording a reference"):
-            found = side.run(corpus, self._plan(one), consume)
+        found = side.run(corpus, self._plan(one), consume)
         return found, made[0]
 
     def _diverge(self, build: Build, config: Config, one: CorpusPass, reference: Path) -> Passed:
-        side = self._side(build, config, one)
-        if self.names_file(config):
-            # Whoever recorded it, and by which program: it has no tail shared evenly.
-            side = replace(side, listed=_ALL_LISTED)
         doubt: dict[str, float] = {}
         made: list[TokenDivergences] = []
 
         def consume(stream: BinaryIO) -> None:
             candidate = LogitsReader(stream, f"the log-probabilities of {build.label}")
             if reference.suffix != SUFFIX:
-                with reference.open("rb") as file:
+                with _opened(reference) as file:
                     made.append(compare(LogitsReader(file, str(reference)), candidate))
                 return
-            found = compare_reference(Reference.load(reference), candidate)
+            known = Reference.load(reference)
+            if build.url is None and not self.names_file(config):
+                known.check_base(
+                    model_sha256=self._model_sha(self.configs.get(config.against, config)),
+                    corpus_sha256=self._sha(self.corpus(one)),
+                )
+            found = compare_reference(known, candidate)
             low, high = found.kld_bounds
             doubt.update(kld_error=found.kld_error, kld_least=low, kld_most=high)
             made.append(found.tokens)
 
         with self._passing(config, f"{build.label} {one.name}"):
+            side = self._side(build, config, one)
+            if self.names_file(config):
+                # Whoever recorded it, and by which program: it has no tail shared evenly.
+                side = replace(side, listed=_ALL_LISTED)
             found = side.run(self.corpus(one), self._plan(one), consume)
         passed = _passed(side, found, chunk_values(found, made[0]), made[0], reference)
         return replace(passed, doubt=doubt)
@@ -320,8 +385,12 @@ class Passes:
     def _passing(self, config: Config, what: str) -> Iterator[None]:
         self.before()
         with measuring(self.lock, self.serve.progress):
-            self.serve.progress(f"{config.name}: {what}")
+            self._say(f"{config.name}: {what}")
             yield
+
+    def _say(self, text: str) -> None:
+        with self._saying:
+            self.serve.progress(text)
 
     def _side(self, build: Build, config: Config, one: CorpusPass) -> Side:
         model = self.model(config) if build.url is None else Path()
@@ -331,7 +400,12 @@ class Passes:
                 f"config {config.name}: a pass needs about {self._need(config, 1):.0f} MiB of "
                 f"memory, {free:.0f} MiB are available: end other programs, or take a smaller model"
             )
-        return Side(build, config, model, self._way(one), self.serve)
+
+        def progress(text: str) -> None:
+            self._say(f"{config.name}: {build.label}: {text}")
+
+        serve = replace(self.serve, progress=progress)
+        return Side(build, config, model, self._way(one), serve, progress=progress)
 
     def _way(self, one: CorpusPass) -> Way:
         if one.path != "auto":
@@ -346,8 +420,8 @@ class Passes:
             ubatch=one.ubatch,
             chunks=one.chunks,
             folder=self.serve.folder,
+            start=self.serve.timeout,
             limit=self.limit,
-            progress=self.serve.progress,
         )
 
     def _fits(self, config: Config, times: int) -> bool:
@@ -365,8 +439,7 @@ class Passes:
         return times * weights * _OVERHEAD + _READER_MIB
 
     def _check_disk(self, corpus: Path, one: CorpusPass, folder: Path) -> None:
-        # A token has a byte at least.
-        most = corpus.stat().st_size // one.context
+        most = corpus.stat().st_size // _TOKEN_BYTES // one.context
         chunks = most if one.chunks is None else min(one.chunks, most)
         need = chunks * one.context / 2 * _REFERENCE_BYTES / _MIB + _SPARE_DISK_MIB
         folder.mkdir(parents=True, exist_ok=True)
@@ -403,6 +476,11 @@ def _passed(
     tokens: TokenDivergences,
     reference: Path | None = None,
 ) -> Passed:
+    if tokens.n_chunk < _FEWEST_CHUNKS:
+        raise RunError(
+            f"the text makes {tokens.n_chunk} chunks, and fewer than {_FEWEST_CHUNKS} tell nothing "
+            "of how chunks differ: take a longer text or a shorter `context`"
+        )
     return Passed(
         side.build.label,
         found.command,
@@ -411,4 +489,12 @@ def _passed(
         tokens.n_scored,
         side.way,
         reference,
+        found.model,
     )
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

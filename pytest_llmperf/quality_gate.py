@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from pytest_llmperf.judge.decide import (
     missing,
     recorded_chunks,
 )
-from pytest_llmperf.judge.quality import compare_quality
+from pytest_llmperf.judge.quality import compare_quality, within_budget
 from pytest_llmperf.judge.references import find_reference
-from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 from pytest_llmperf.passes import Passed, Passes
 from pytest_llmperf.plan.config import Case
@@ -105,18 +106,18 @@ class QualityQuestion:
             measured = self.passes.alone(case) if tried else None
             return missing_from(stored, case, metric), measured
         if known.launches is None:
-            if metric.name != PERPLEXITY and not case.config.against:
-                return failed(
-                    metric, _AGAINST_ITSELF.format(metric=metric.name, case=case.key)
-                ), None
-            new = self.passes.alone(case)
-            value = pooled(metric, new.values[metric.name], new.tokens)
-            verdict = compare_published(metric, known.value, [[value]], tolerance=self.tolerance)
-            return verdict, new
+            return self._published(known.value)
         fingerprint = stored.baseline.fingerprints.get(case.key, {})
+        # Before hours are spent on what cannot be compared.
+        expected = self.passes.conditions(case)
+        differing = differences(
+            {name: fingerprint.get(name, "unknown") for name in expected}, expected
+        )
         reference = self._reference(stored, str(fingerprint.get("reference", "")))
         if isinstance(reference, str):
-            return incomparable(metric, [reference]), None
+            differing.append(reference)
+        if differing or isinstance(reference, str):
+            return incomparable(metric, differing), None
         new = self.passes.against(case, reference)
         measured_with = self.passes.fingerprint(case, new)
         if differing := differences(fingerprint, measured_with):
@@ -124,9 +125,21 @@ class QualityQuestion:
         verdict = self._compared([list(chunk) for chunk in known.launches], new)
         if stored.oldest is not None:
             # What a model makes of a text does not depend on what it is compared with.
-            ignored = ("reference",) if metric.name == PERPLEXITY else ()
+            ignored = ("reference", "against") if metric.name == PERPLEXITY else ()
             verdict = since(verdict, *stored.oldest, case.key, measured_with, ignored)
         return verdict, new
+
+    def _published(self, value: float) -> tuple[Verdict, Passed | None]:
+        metric, config = self.metric, self.case.config
+        if metric.name != PERPLEXITY and not config.against:
+            told = _AGAINST_ITSELF.format(metric=metric.name, case=self.case.key)
+            return failed(metric, told), None
+        new = self.passes.alone(self.case)
+        chunks = new.values[metric.name]
+        measured = pooled(metric, chunks, new.tokens)
+        verdict = compare_published(metric, value, [[measured]], tolerance=self.tolerance)
+        budget = config.budgets.get(metric.name)
+        return within_budget(verdict, metric, chunks, tokens=new.tokens, budget=budget), new
 
     def _reference(self, stored: Stored, digest: str) -> Path | str:
         """Return the reference that was recorded, or what is wrong with it."""
@@ -139,3 +152,25 @@ class QualityQuestion:
         if self.passes.digest(found) != digest:
             return f"reference: {found} is not the one that was recorded"
         return found
+
+
+def not_alone(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    """Return the verdicts of a case, with a perplexity that would pass alone as INCONCLUSIVE.
+
+    Answers can change with the perplexity unchanged, so it proves nothing where no divergence was
+    shown to be small, or large.
+    """
+    others = [verdict for verdict in verdicts if verdict.metric != PERPLEXITY]
+    if any(verdict.outcome is not Outcome.INCONCLUSIVE for verdict in others):
+        return tuple(verdicts)
+    return tuple(
+        replace(
+            verdict,
+            outcome=Outcome.INCONCLUSIVE,
+            reason=f"{verdict.reason}; perplexity alone never passes, and nothing else was shown",
+            evidence={**verdict.evidence, "alone": True},
+        )
+        if verdict.outcome in {Outcome.PASS, Outcome.IMPROVED}
+        else verdict
+        for verdict in verdicts
+    )

@@ -5,6 +5,7 @@ Loaded only once a selected test uses a fixture of this plugin.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shlex
@@ -50,7 +51,7 @@ from pytest_llmperf.models.locate import check_sha256, locate, sha256
 from pytest_llmperf.passes import Passed, Passes
 from pytest_llmperf.plan.config import LAUNCH, Case, Config
 from pytest_llmperf.plan.suite import Suite
-from pytest_llmperf.quality_gate import QualityQuestion
+from pytest_llmperf.quality_gate import QualityQuestion, not_alone
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
 from pytest_llmperf.settings import Settings
@@ -210,7 +211,7 @@ class Run:
             new=sides[0],
             base=sides[1] if len(sides) > 1 else self._stored_side(),
             machine=self.machine_key,
-            verdicts=tuple(verdicts),
+            verdicts=not_alone(verdicts),
             fingerprint=passes.fingerprint(case, new) if new is not None else {},
             options=self._options,
             measured=measured,
@@ -275,6 +276,7 @@ class Run:
                 lock=self._lock,
                 suite_folder=self.suite.path.parent,
                 limit=self.settings.pass_limit,
+                machine=json.dumps(machine_fingerprint(self.settings.machine), sort_keys=True),
                 before=self.close_server,
             )
         return self._passes

@@ -68,6 +68,13 @@ def main(arguments: list[str]) -> int:
         return 0
     if fault == "dies":
         return 3
+    if fault == "stuck":
+        time.sleep(600)
+    if fault == "config":
+        home = os.environ.get("XDG_CONFIG_HOME", "nowhere")
+        sys.stderr.write(f"using config file: {home}/llama.cpp/config.ini\n")
+    if fault == "unwritten":
+        return play("", None)
     if "--kl-divergence-base" not in arguments:
         return play(fault, None)
     with Path(arguments[arguments.index("--kl-divergence-base") + 1]).open("wb") as stream:

@@ -17,7 +17,7 @@ from pytest_llmperf.judge.decide import (
     compare_published,
     incomparable,
 )
-from pytest_llmperf.judge.quality import BY_CHUNK, compare_chunks, compare_tails
+from pytest_llmperf.judge.quality import BY_CHUNK, compare_chunks, compare_tails, within_budget
 from pytest_llmperf.judge.sequential import Plan
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
@@ -114,14 +114,19 @@ def again(verdict: Verdict) -> Outcome:
     metric: Metric = replace(METRICS[verdict.metric], slack=verdict.slack)
     evidence: Evidence = verdict.evidence
     if verdict.mode == "none":
-        if verdict.outcome is Outcome.INCOMPARABLE and "disturbed" not in evidence:
-            return incomparable(metric, evidence["differences"]).outcome
-        return verdict.outcome
+        return _without_comparison(metric, verdict, evidence)
     if "unusable" in evidence:
-        return _unusable(metric, verdict, evidence["unusable"])
-    outcome = _JUDGES[verdict.mode](metric, verdict, evidence).outcome
+        judged = _unusable(metric, verdict, evidence["unusable"])
+    else:
+        judged = _JUDGES[verdict.mode](metric, verdict, evidence)
+    if verdict.mode == "published":
+        judged = _budgeted(metric, judged, evidence)
+    outcome = judged.outcome
     # The requests of one start of a running server prove nothing, whatever they say.
     if evidence.get("one_start") and outcome in _DECIDED:
+        return Outcome.INCONCLUSIVE
+    # Nor does perplexity alone.
+    if evidence.get("alone") and outcome in {Outcome.PASS, Outcome.IMPROVED}:
         return Outcome.INCONCLUSIVE
     return outcome
 
@@ -142,12 +147,30 @@ def _prior(data: Mapping[str, Any] | None) -> Prior | None:
     return None if data is None else Prior.from_json(data)
 
 
-def _unusable(metric: Metric, verdict: Verdict, launches: Mapping[str, Any]) -> Outcome:
+def _without_comparison(metric: Metric, verdict: Verdict, evidence: Evidence) -> Outcome:
+    if verdict.outcome is Outcome.INCOMPARABLE and "disturbed" not in evidence:
+        return incomparable(metric, evidence["differences"]).outcome
+    if evidence.get("budget") is not None:
+        # Only where a report gives no such figure is there a budget and nothing else.
+        unknown = replace(verdict, outcome=Outcome.INCONCLUSIVE)
+        return _budgeted(metric, unknown, evidence).outcome
+    return verdict.outcome
+
+
+def _budgeted(metric: Metric, judged: Verdict, evidence: Evidence) -> Verdict:
+    """The verdict on a pass that no chunks of a baseline were compared with."""
+    if evidence.get("budget") is None:
+        return judged
+    budget, tokens = float(evidence["budget"]), evidence["tokens"]
+    return within_budget(judged, metric, evidence["new_chunks"], tokens=tokens, budget=budget)
+
+
+def _unusable(metric: Metric, verdict: Verdict, launches: Mapping[str, Any]) -> Verdict:
     base, new = _launches(launches["base"]), _launches(launches["new"])
     judged = without_logs(Draft(metric, verdict.mode, verdict.tolerance, base, new))
     if judged is None:
         raise ValueError("its samples can be judged, though it says that they cannot")
-    return judged.outcome
+    return judged
 
 
 def _side_by_side(metric: Metric, verdict: Verdict, evidence: Evidence) -> Verdict:

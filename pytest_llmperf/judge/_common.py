@@ -191,7 +191,8 @@ def without_logs(draft: Draft) -> Verdict | None:
         return _error(draft, "samples of 0 cannot be compared by ratio")
     reason = f"{draft.metric.name} is {describe(draft.change)}, with samples of 0 on both sides"
     if new != base:
-        reason = f"{draft.metric.name} differs by no more than the slack of {_slack(draft.metric)}"
+        told = slack_text(draft.metric)
+        reason = f"{draft.metric.name} differs by no more than the slack of {told}"
     return draft.verdict(Outcome.PASS, reason, _launches_json(draft))
 
 
@@ -254,12 +255,21 @@ def within_slack_text(metric: Metric, base: float, new: float) -> str:
     """The reason where the point values differ by no more than the slack."""
     return (
         f"{metric.name} differs by {abs(new - base):.4g} {metric.unit}, "
-        f"no more than the slack of {_slack(metric)}"
+        f"no more than the slack of {slack_text(metric)}"
     )
 
 
-def _slack(metric: Metric) -> str:
-    return f"{metric.slack:g} {metric.unit}"
+def slack_text(metric: Metric, slack: float | None = None) -> str:
+    """A slack for people: ``8 MiB``; of a percentage in points, as 4 % of it would be less.
+
+    Args:
+        metric: What was measured.
+        slack: Absolute difference in the metric's unit; None for the metric's own.
+    """
+    value = metric.slack if slack is None else slack
+    if metric.unit != "%":
+        return f"{value:g} {metric.unit}"
+    return f"{value:g} {'point' if value == 1 else 'points'}"
 
 
 def plural(count: int, noun: str) -> str:

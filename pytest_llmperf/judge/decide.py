@@ -28,6 +28,7 @@ from pytest_llmperf.judge._common import (
     plural,
     relative,
     sign,
+    slack_text,
     without_logs,
 )
 from pytest_llmperf.judge.chunks import Chunks, pooled
@@ -138,7 +139,7 @@ def compare_published(metric: Metric, value: float, new: Launches, *, tolerance:
     ).replace("unchanged than", "unchanged from")
     allowed = percent(tolerance)
     if metric.slack > 0 and abs(bounded_exp(log_new) - value) <= metric.slack:
-        outcome, end = Outcome.PASS, f"within the slack of {metric.slack:g} {metric.unit}"
+        outcome, end = Outcome.PASS, f"within the slack of {slack_text(metric)}"
     elif worse > margin:
         outcome, end = Outcome.REGRESSION, BEYOND.format(tolerance=allowed)
     elif worse < -margin:

@@ -24,14 +24,22 @@ same correction as an expanded percentile interval). The draws are the same ever
 can be computed again.
 
 A budget bounds the value itself, whatever the baseline: the value's upper bound must not exceed it.
-One-sided 1 % each; two claims at most are made of one set of chunks.
+
+Every claim is one-sided. PASS, and being within a budget, may be wrong with probability ``ALPHA``.
+REGRESSION, IMPROVED and being beyond a budget take ``REGRESSION_ALPHA``: a pass is made once, so a
+REGRESSION is not confirmed on fresh data as one of speed is, and one look has to be as sure as both
+of those together. With a budget there are two ways to a REGRESSION, and its bound is twice that.
+
+Of two thousand passes drawn, two lie beyond a quantile of 0.1 %: too few to place it. So the bounds
+at ``REGRESSION_ALPHA`` are those at ``ALPHA``, beyond which twenty lie, stretched further about the
+median, by the ratio of Student's quantiles, t(n - 1) at 99.9 % and at 99 %.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +55,7 @@ from pytest_llmperf.judge._common import (
     plural,
     relative,
     sign,
+    slack_text,
 )
 from pytest_llmperf.judge.chunks import (
     BY_CHUNK,
@@ -68,13 +77,20 @@ __all__ = [
     "BY_CHUNK",
     "FEWEST_CHUNKS",
     "QUALITY",
+    "REGRESSION_ALPHA",
     "compare_chunks",
     "compare_quality",
     "compare_tails",
     "pooled",
+    "within_budget",
 ]
 
 ALPHA = 0.01
+"""Chance at most that a PASS is wrong, and each end of the interval shown."""
+
+REGRESSION_ALPHA = 0.001
+"""Chance at most that a REGRESSION is wrong, and likewise IMPROVED."""
+
 FEWEST_CHUNKS = 4
 """Fewest chunks that say anything of how chunks differ."""
 
@@ -89,6 +105,21 @@ _MOST_CHUNKS = 4096
 _LEAST_SD = 1e-7
 # Entries of an array of resamples by listed tokens: 8 MiB.
 _BATCH = 1 << 20
+# The others fail already, or nothing was to be judged.
+_COMPARED = frozenset({Outcome.PASS, Outcome.IMPROVED, Outcome.INCONCLUSIVE, Outcome.REGRESSION})
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """One-sided lower and upper bounds of one quantity.
+
+    Attributes:
+        usual: Each missed with probability ``ALPHA``.
+        sure: Each missed with probability ``REGRESSION_ALPHA``.
+    """
+
+    usual: tuple[float, float]
+    sure: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +128,13 @@ class _Seen:
 
     Attributes:
         worse: By how much the build under test is worse.
-        bounds: One-sided lower and upper bound of that.
-        value: Lower and upper bound of the build's own value.
+        bounds: Bounds of that.
+        value: Bounds of the build's own value.
     """
 
     worse: Estimate
-    bounds: tuple[float, float]
-    value: tuple[float, float]
+    bounds: _Bounds
+    value: _Bounds
 
 
 def compare_quality(
@@ -174,7 +205,7 @@ def compare_chunks(
     in_logs = metric.name == "ppl"
     before, after = (logs(values) if in_logs else np.asarray(values) for values in (base, new))
     worse = _mean(sign(metric) * (after - before))
-    seen = _Seen(worse, worse.bounds(ALPHA), _mean(sign(metric) * after).bounds(ALPHA))
+    seen = _Seen(worse, _around(worse), _around(_mean(sign(metric) * after)))
     evidence: dict[str, object] = {
         "base_chunks": [float(v) for v in base],
         "new_chunks": [float(v) for v in new],
@@ -217,11 +248,12 @@ def compare_tails(
     n = len(base)
     # A divergence is worse where it is larger, so nothing has to be turned about here.
     before, after = (pooled(metric, side, tokens) for side in (base, new))
-    drawn_base, drawn_new = _resampled(Tail(base, tokens), Tail(new, tokens), n)
-    low, high = _bootstrapped(drawn_new - drawn_base, after - before, n)
+    drawn_base, drawn_new = _resampled(n, Tail(base, tokens), Tail(new, tokens))
+    bounds = _bootstrapped(drawn_new - drawn_base, after - before, n)
+    low, high = bounds.usual
     se = max((high - low) / 2 / student_t_ppf(1 - ALPHA, n - 1), _LEAST_SD / math.sqrt(n))
     worse = Estimate(after - before, se, float(n - 1))
-    seen = _Seen(worse, (low, high), _bootstrapped(drawn_new, after, n))
+    seen = _Seen(worse, bounds, _bootstrapped(drawn_new, after, n))
     evidence: dict[str, object] = {
         "base_chunks": [[float(v) for v in chunk] for chunk in base],
         "new_chunks": [[float(v) for v in chunk] for chunk in new],
@@ -229,21 +261,79 @@ def compare_tails(
         "resamples": RESAMPLES,
         "seed": SEED,
         "bounds": [low, high],
+        "regression_bounds": list(bounds.sure),
     }
     return _judged(metric, (base, new), tokens, seen, tolerance, budget, evidence)
 
 
+def within_budget(
+    verdict: Verdict, metric: Metric, chunks: Chunks, *, tokens: int, budget: float | None
+) -> Verdict:
+    """Hold a verdict that was reached without chunks of a baseline against a budget.
+
+    Args:
+        verdict: What a published figure, or the lack of one, led to.
+        metric: One of ``QUALITY``.
+        chunks: The values of each chunk of the build under test, in the metric's unit, as
+            :mod:`pytest_llmperf.judge.chunks` has them.
+        tokens: Scored tokens of one chunk; of no matter to means.
+        budget: Value that must not be exceeded, whatever the baseline; None for none.
+
+    Returns:
+        The worse of the two outcomes: REGRESSION where the value is beyond the budget,
+        INCONCLUSIVE where it is not shown to be within, else that of ``verdict``. ERROR where the
+        chunks cannot be used. Without a budget, and where ``verdict`` is ERROR, MISSING,
+        INCOMPARABLE or RECORDED, it is returned as it is.
+
+    Raises:
+        ValueError: A metric that is not judged by chunk.
+    """
+    check_quality(metric)
+    if budget is None or verdict.outcome not in _COMPARED:
+        return verdict
+    if wrong := _few(len(chunks)) or complaint(metric, chunks, tokens):
+        return failed(metric, f"{metric.name} cannot be held against its budget: {wrong}")
+    judged = verdict.outcome, verdict.reason
+    outcome, reason = _budgeted(metric, _value(metric, chunks, tokens), budget, judged)
+    # What a published figure says has no error rate of its own.
+    evidence = {
+        **verdict.evidence,
+        "alpha": ALPHA,
+        "regression_alpha": REGRESSION_ALPHA,
+        "false_regression_bound": REGRESSION_ALPHA,
+        "budget": budget,
+        "new_chunks": [[float(v) for v in chunk] for chunk in chunks],
+        "tokens": tokens,
+    }
+    new = pooled(metric, chunks, tokens) if verdict.new is None else verdict.new
+    return replace(verdict, outcome=outcome, reason=reason, new=new, evidence=evidence)
+
+
+def _value(metric: Metric, chunks: Chunks, tokens: int) -> _Bounds:
+    """Bounds of the value of a pass, oriented so that positive is worse."""
+    if metric.name not in BY_CHUNK:
+        found = pooled(metric, chunks, tokens)
+        (drawn,) = _resampled(len(chunks), Tail(chunks, tokens))
+        return _bootstrapped(drawn, found, len(chunks))
+    means = [chunk[0] for chunk in chunks]
+    return _around(_mean(sign(metric) * (logs(means) if metric.name == "ppl" else np.array(means))))
+
+
+def _few(chunks: int) -> str:
+    """That there are too few chunks; "" if there are enough."""
+    if chunks >= FEWEST_CHUNKS:
+        return ""
+    return f"{plural(chunks, 'chunk')} tell nothing, pass {FEWEST_CHUNKS} at least"
+
+
 def _unusable(metric: Metric, base: Chunks, new: Chunks, tokens: int) -> str:
     """Why two passes cannot be judged, as a sentence; "" if they can."""
-    wrong = ""
     if len(base) != len(new):
         wrong = (
             f"{plural(len(base), 'chunk')} of the baseline, {len(new)} of the build under test: "
             "pass the same corpus with the same number of chunks"
         )
-    elif len(base) < FEWEST_CHUNKS:
-        wrong = f"{plural(len(base), 'chunk')} tell nothing, pass {FEWEST_CHUNKS} at least"
-    else:
+    elif not (wrong := _few(len(base))):
         for who, chunks in (("the baseline", base), ("the build under test", new)):
             if found := complaint(metric, chunks, tokens):
                 wrong = f"{who} has {found}"
@@ -257,15 +347,18 @@ def _mean(values: Array) -> Estimate:
     return Estimate(float(values.mean()), sd / math.sqrt(n), float(n - 1))
 
 
+def _around(mean: Estimate) -> _Bounds:
+    return _Bounds(mean.bounds(ALPHA), mean.bounds(REGRESSION_ALPHA))
+
+
 # --- The bootstrap ------------------------------------------------------------------------------
 
 
-def _resampled(base: Tail, new: Tail, chunks: int) -> Array:
-    """Percentiles of both sides in each drawn pass, shape ``(2, RESAMPLES)``."""
-    rows = max(1, _BATCH // max(chunks, len(base), len(new)))
+def _resampled(chunks: int, *tails: Tail) -> Array:
+    """Percentiles of each side in each drawn pass, shape ``(len(tails), RESAMPLES)``."""
+    rows = max(1, _BATCH // max(chunks, *map(len, tails)))
     parts = [
-        np.stack([base.percentiles(counts), new.percentiles(counts)])
-        for counts in _draws(chunks, rows)
+        np.stack([tail.percentiles(counts) for tail in tails]) for counts in _draws(chunks, rows)
     ]
     return np.concatenate(parts, axis=1)
 
@@ -282,21 +375,26 @@ def _draws(chunks: int, rows: int) -> Iterator[NDArray[np.int64]]:
         yield np.bincount(drawn.ravel(), minlength=size * chunks).reshape(size, chunks)
 
 
-def _bootstrapped(drawn: Array, found: float, chunks: int) -> tuple[float, float]:
+def _bootstrapped(drawn: Array, found: float, chunks: int) -> _Bounds:
     """One-sided bounds from a bootstrap: quantiles, stretched for few chunks.
 
     Stretched about the median, so that a bound never comes nearer; what was found lies between.
+    The sure bounds are stretched further, not read off: see the top of this module.
     """
     low, middle, high = (float(v) for v in np.quantile(drawn, [ALPHA, 0.5, 1 - ALPHA]))
-    stretch = (
-        math.sqrt(chunks / (chunks - 1))
-        * student_t_ppf(1 - ALPHA, chunks - 1)
-        / student_t_ppf(1 - ALPHA, math.inf)
-    )
-    return (
-        min(found, middle - stretch * (middle - low)),
-        max(found, middle + stretch * (high - middle)),
-    )
+
+    def bounds(alpha: float) -> tuple[float, float]:
+        stretch = (
+            math.sqrt(chunks / (chunks - 1))
+            * student_t_ppf(1 - alpha, chunks - 1)
+            / student_t_ppf(1 - ALPHA, math.inf)
+        )
+        return (
+            min(found, middle - stretch * (middle - low)),
+            max(found, middle + stretch * (high - middle)),
+        )
+
+    return _Bounds(bounds(ALPHA), bounds(REGRESSION_ALPHA))
 
 
 # --- From bounds to a verdict -------------------------------------------------------------------
@@ -324,6 +422,8 @@ def _judged(  # noqa: PLR0917 - what two ways of comparing have in common
     evidence |= {
         "mode": "chunks",
         "alpha": ALPHA,
+        "regression_alpha": REGRESSION_ALPHA,
+        "false_regression_bound": REGRESSION_ALPHA * (1 if budget is None else 2),
         "level": 1 - 2 * ALPHA,
         "margin": margin,
         "budget": budget,
@@ -331,11 +431,15 @@ def _judged(  # noqa: PLR0917 - what two ways of comparing have in common
         "se": seen.worse.se,
         "df": seen.worse.df,
         "statistic": seen.worse.statistic(margin),
-        "threshold": student_t_ppf(1 - ALPHA, seen.worse.df),
+        # How far above 0 the statistic is for a REGRESSION, and how far below 0 for a PASS.
+        "threshold": {
+            "regression": student_t_ppf(1 - REGRESSION_ALPHA, seen.worse.df),
+            "pass": student_t_ppf(1 - ALPHA, seen.worse.df),
+        },
     }
     outcome, reason = _outcome(draft, seen, margin, chunks, evidence)
     if budget is not None:
-        outcome, reason = _within_budget(metric, seen, budget, (outcome, reason))
+        outcome, reason = _budgeted(metric, seen.value, budget, (outcome, reason))
     return draft.verdict(outcome, reason, evidence)
 
 
@@ -343,7 +447,7 @@ def _change(
     metric: Metric, base: float, new: float, seen: _Seen
 ) -> tuple[float | None, tuple[float, float] | None]:
     """The relative change and its interval, None where no share can be told."""
-    low, high = sorted(sign(metric) * end for end in seen.bounds)
+    low, high = sorted(sign(metric) * end for end in seen.bounds.usual)
     if metric.name == "ppl":
         change = relative(sign(metric) * seen.worse.effect)
         return change, (relative(low), relative(high))
@@ -361,44 +465,49 @@ def _outcome(
     found = finding(metric.name, draft.change, draft.interval, 1 - 2 * ALPHA)
     if draft.change is None or metric.name != "ppl":
         found = f"{metric.name} is {draft.new:.4g} {metric.unit}, {draft.base:.4g} in the baseline"
-    low, high = seen.bounds
     # A share of nearly nothing is not what was allowed where the slack is more.
     by_slack = metric.name != "ppl" and margin > draft.tolerance * abs(draft.base or 0.0)
-    allowed = f"{metric.slack:g} {metric.unit}" if by_slack else percent(draft.tolerance)
-    if low > margin:
+    allowed = slack_text(metric) if by_slack else percent(draft.tolerance)
+    if seen.bounds.sure[0] > margin:
         return Outcome.REGRESSION, f"{found}, {BEYOND.format(tolerance=allowed)}"
-    if high < -margin:
+    if seen.bounds.sure[1] < -margin:
         return Outcome.IMPROVED, f"{found}, {STALE.format(tolerance=allowed)}"
-    if high < margin:
+    if seen.bounds.usual[1] < margin:
         return Outcome.PASS, f"{found}, shown to be within the tolerance of {allowed}"
-    lack = more_units(seen.worse, margin, ALPHA, chunks, _MOST_CHUNKS)
+    # More chunks would show the one or the other: each takes its own sureness.
+    alpha = REGRESSION_ALPHA if seen.worse.effect > margin else ALPHA
+    lack = more_units(seen.worse, margin, alpha, chunks, _MOST_CHUNKS)
     evidence["missing"] = lack
     advice = f"even {_MOST_CHUNKS} chunks would hardly tell"
     if lack is not None:
         advice = f"about {plural(lack, 'more chunk')} needed"
-    reason = (
-        f"{found} after {plural(chunks, 'chunk')}, neither within nor beyond the tolerance of "
-        f"{allowed}: {advice}"
-    )
-    return Outcome.INCONCLUSIVE, reason
+    unclear = f"neither within nor beyond the tolerance of {allowed}"
+    if seen.bounds.usual[0] > margin:
+        # The interval shown lies beyond the tolerance, which would not go with "neither".
+        unclear = (
+            f"beyond the tolerance of {allowed} by all appearances, but not as surely as a "
+            f"REGRESSION has to be, {percent(1 - REGRESSION_ALPHA)}"
+        )
+    return Outcome.INCONCLUSIVE, f"{found} after {plural(chunks, 'chunk')}, {unclear}: {advice}"
 
 
-def _within_budget(
-    metric: Metric, seen: _Seen, budget: float, judged: tuple[Outcome, str]
+def _budgeted(
+    metric: Metric, value: _Bounds, budget: float, judged: tuple[Outcome, str]
 ) -> tuple[Outcome, str]:
     """The outcome once the value itself is held against its budget: the worse of the two."""
     outcome, reason = judged
     limit = sign(metric) * (math.log(budget) if metric.name == "ppl" else budget)
-    low, high = seen.value
     told = f"the budget of {budget:g} {metric.unit}"
-    if low > limit:
+    if value.sure[0] > limit:
         return (
             Outcome.REGRESSION,
             f"{metric.name} is beyond {told}, whatever the baseline; {reason}",
         )
-    if high > limit and outcome in {Outcome.PASS, Outcome.IMPROVED}:
+    if outcome not in {Outcome.PASS, Outcome.IMPROVED}:
+        return outcome, reason
+    if value.usual[1] > limit:
         return (
             Outcome.INCONCLUSIVE,
             f"{reason}, but not shown to be within {told}: more chunks needed",
         )
-    return outcome, reason
+    return outcome, f"{reason}; shown to be within {told}"

@@ -8,6 +8,7 @@ that is killed in between leaves a baseline with all its references.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 from collections.abc import Collection
@@ -28,7 +29,7 @@ class Kept:
 
     Attributes:
         source: The file.
-        digest: Its digest, as the case's fingerprint has it.
+        digest: The first digits of its SHA-256, as the case's fingerprint has them.
     """
 
     source: Path
@@ -48,7 +49,7 @@ def find_reference(baseline: Path, digest: str) -> Path | None:
 
 
 def keep_reference(baseline: Path, case: str, kept: Kept) -> Path:
-    """Copy a reference beside a baseline file, unless it is there.
+    """Copy a reference beside a baseline file, unless it is there, whole and unaltered.
 
     Args:
         baseline: The baseline file.
@@ -60,10 +61,10 @@ def keep_reference(baseline: Path, case: str, kept: Kept) -> Path:
     """
     if not _DIGEST.fullmatch(kept.digest):
         raise BaselineError(f"{baseline}: {kept.digest!r} is no digest of a reference")
-    if (found := find_reference(baseline, kept.digest)) is not None:
+    if (found := find_reference(baseline, kept.digest)) is not None and _is(found, kept.digest):
         return found
     name = re.sub(r"[^\w.+-]", "-", case)
-    path = folder_of(baseline) / f"{name}-{kept.digest[:_SHOWN]}{SUFFIX}"
+    path = found or folder_of(baseline) / f"{name}-{kept.digest[:_SHOWN]}{SUFFIX}"
     try:
         with kept.source.open("rb") as original, replacing(path) as copy:
             shutil.copyfileobj(original, copy)
@@ -72,6 +73,15 @@ def keep_reference(baseline: Path, case: str, kept: Kept) -> Path:
             f"{kept.source} cannot be copied to {path}: {error.strerror or error}"
         ) from error
     return path
+
+
+def _is(path: Path, digest: str) -> bool:
+    """Return whether a file is what its name says."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest().startswith(digest)
+    except OSError:
+        return False
 
 
 def drop_references(baseline: Path, named: Collection[str]) -> list[Path]:

@@ -206,9 +206,10 @@ def update(
                 for case in sorted(checked)
                 for change in _merge(case, checked[case], results, fingerprints, most_launches)
             ]
+            # Also where nothing else changed: one may be lost or damaged.
+            for case, kept in references.items():
+                keep_reference(path, case, kept)
             if changes:
-                for case, kept in references.items():
-                    keep_reference(path, case, kept)
                 new = Baseline(build, machine, recorded, results, fingerprints)
                 write_atomic(path, dump(new))
                 named = {str(entry.get("reference", "")) for entry in fingerprints.values()}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import BinaryIO
 
 from pytest_llmperf.errors import LlmperfError, RunError, ToolError
 from pytest_llmperf.quality.divergence import TokenDivergences, compare
 from pytest_llmperf.quality.logits import LogitsReader
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
+from pytest_llmperf.quality.perplexity import LeftAloneError, PassPlan, Perplexity
 from pytest_llmperf.quality.side import Side
+
+_LOOK_S = 0.2
+# A server that is just being started cannot be interrupted; it dies with this process.
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +48,17 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
         RunError: If a pass did not get through; what the other did is in its log.
         BaselineError: If the streams are about different tokens, or one of them is damaged.
     """
-    meeting = _Meeting()
+    plan = replace(plan, stopped=Event())
+    meeting = _Meeting(plan)
     passes: dict[str, Perplexity] = {}
-    errors: dict[str, LlmperfError] = {}
+    errors: dict[str, Exception] = {}
 
     def run(name: str, side: Side) -> None:
         try:
             passes[name] = side.run(
                 corpus, plan, lambda stream: meeting.arrive(name, stream, side.build.label)
             )
-        except LlmperfError as error:
+        except Exception as error:  # noqa: BLE001 - raised again once both have ended
             errors[name] = error
         finally:
             meeting.leave(name)
@@ -61,9 +67,11 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
     thread.start()
     try:
         run("new", new)
+    except BaseException:
+        plan.stopped.set()
+        raise
     finally:
-        meeting.leave("new")
-        thread.join()
+        thread.join(_PATIENCE_S if plan.stopped.is_set() else None)
     if errors:
         raise min(errors.values(), key=_consequence)
     if meeting.tokens is None:  # pragma: no cover - two whole passes have met
@@ -71,21 +79,18 @@ def compare_passes(base: Side, new: Side, corpus: Path, plan: PassPlan) -> Compa
     return Compared(passes["base"], passes["new"], meeting.tokens)
 
 
-def _consequence(error: LlmperfError) -> int:
+def _consequence(error: Exception) -> int:
     """Rank errors: a program's own failure, the stream it broke off, what that did to the other."""
-    if isinstance(error, _LeftAloneError):
+    if isinstance(error, LeftAloneError):
         return 2
-    return 0 if isinstance(error, RunError) else 1
-
-
-class _LeftAloneError(ToolError):
-    """The other pass ended, so there was nothing to compare with."""
+    return 0 if isinstance(error, RunError) or not isinstance(error, LlmperfError) else 1
 
 
 @dataclass(slots=True)
 class _Meeting:
     """Where the readers of two streams wait for each other; the second pass's thread compares."""
 
+    plan: PassPlan
     tokens: TokenDivergences | None = None
     _readers: dict[str, LogitsReader] = field(default_factory=dict)
     _left: set[str] = field(default_factory=set)
@@ -96,7 +101,7 @@ class _Meeting:
 
         Raises:
             BaselineError: If a stream is refused.
-            ToolError: If the other pass ended before.
+            LeftAloneError: If the other pass ended before, or the run was given up.
         """
         reader = LogitsReader(stream, f"the log-probabilities of {label}")
         other = "base" if name == "new" else "new"
@@ -105,13 +110,13 @@ class _Meeting:
             self._changed.notify_all()
             if name == "base":
                 # The other thread reads this stream too, and leaves when it is done.
-                self._changed.wait_for(lambda: other in self._left)
+                self._wait(lambda: other in self._left)
                 if self.tokens is None:
-                    raise _LeftAloneError("the pass of the build under test ended early")
+                    raise LeftAloneError("the pass of the build under test ended early")
                 return
-            self._changed.wait_for(lambda: other in self._readers or other in self._left)
+            self._wait(lambda: other in self._readers or other in self._left)
             if other not in self._readers:
-                raise _LeftAloneError("the pass of the baseline ended early")
+                raise LeftAloneError("the pass of the baseline ended early")
         try:
             self.tokens = compare(self._readers["base"], reader)
         finally:
@@ -122,3 +127,7 @@ class _Meeting:
         with self._changed:
             self._left.add(name)
             self._changed.notify_all()
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while not self._changed.wait_for(condition, _LOOK_S):
+            self.plan.check_stopped()

@@ -29,12 +29,11 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import BinaryIO
 
-from pytest_llmperf.build.ask import scrubbed_environment
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import dialect_of
-from pytest_llmperf.errors import BuildError, ToolError
+from pytest_llmperf.errors import BuildError, LlmperfError, ToolError
 from pytest_llmperf.plan.options import OptionValue
-from pytest_llmperf.serve.launch import tail
+from pytest_llmperf.serve.launch import server_environment, tail
 from pytest_llmperf.serve.process import ServerProcess, describe_exit
 
 TOOL = "llama-perplexity"
@@ -49,12 +48,17 @@ _COMPLAINTS = (
     re.compile(r".*Unexpected negative standard deviation.*"),
     re.compile(r".*error: .*"),
 )
+_CONFIG_FILE = re.compile(r"using config file: *(\S+)")
 _LOST = "ended with exit code 0 without its last lines"
 _TRIES = 4
 _POLL_S = 0.1
 _QUIET_S = 2.0
 _PIPE_BYTES = 1024 * 1024
 _numbers = count(1)
+
+
+class LeftAloneError(ToolError):
+    """What a pass was to be compared with ended, so there is nothing to go on for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,10 @@ class PassPlan:
         ubatch: Physical batch, ``-ub``; 1 takes the kernels of decoding.
         chunks: Chunks to pass, None for the whole corpus.
         folder: Run folder; log and FIFO go there.
-        limit: Most seconds that a pass may be expected to take once its first chunks have shown
-            how fast it goes.
+        start: Most seconds until the first chunk begins: loading the model, cutting the text.
+        limit: Most seconds that a pass may take, or be expected to take once its first chunks have
+            shown how fast it goes.
+        stopped: Set when the run is given up: whoever passes or waits gives up too.
         progress: Is told how far it is, at most every two seconds.
     """
 
@@ -77,8 +83,19 @@ class PassPlan:
     ubatch: int = 512
     chunks: int | None = None
     folder: Path = Path()
+    start: float = math.inf
     limit: float = math.inf
+    stopped: Event = field(default_factory=Event, compare=False)
     progress: Callable[[str], None] = field(default=lambda _text: None)
+
+    def check_stopped(self) -> None:
+        """Give up where the run was given up.
+
+        Raises:
+            LeftAloneError: If it was.
+        """
+        if self.stopped.is_set():
+            raise LeftAloneError("the run was given up")
 
     def check_time(self, seconds: float, done: int, planned: int) -> None:
         """Refuse a pass that takes too long before it has taken it.
@@ -113,6 +130,7 @@ class Perplexity:
         command: As one would type it.
         log: Its output.
         seconds: Wall time.
+        model: Name of the model file as a server tells it, ``""`` by the tool.
     """
 
     value: float
@@ -123,6 +141,7 @@ class Perplexity:
     command: str
     log: str
     seconds: float
+    model: str = ""
 
     @property
     def partial(self) -> bool:
@@ -238,13 +257,23 @@ def _once(
         if consume is not None:
             reader = stack.enter_context(_reading(log.with_suffix(".fifo"), consume))
             command = [*command, "--kl-divergence-base", str(reader.path)]
-        process = ServerProcess(command, log, scrubbed_environment(build.env))
+        config_home = plan.folder / "no-config"
+        config_home.mkdir(exist_ok=True)
+        process = ServerProcess(command, log, server_environment(build, config_home))
         try:
             ended = _watch(process, log, plan, reader)
+        except BaseException as error:
+            if not isinstance(error, LlmperfError):
+                # Before the reader is waited for: it may wait for another pass.
+                plan.stopped.set()
+            raise
         finally:
             status = process.stop()
     found = replace(_outcome(log, status), command=shlex.join(command), log=str(log))
     wrong = None if reader is None else reader.error
+    whole = not found.failure or (found.failure == _LOST and len(found.running) == found.planned)
+    if isinstance(wrong, LeftAloneError) and whole:
+        return found, wrong
     if wrong is not None and found.failure == _LOST:
         # Not only lines are missing, so the tool gave up without a word.
         done = f"{len(found.running)} of {found.planned} chunks"
@@ -264,7 +293,10 @@ class _Reader:
 @contextlib.contextmanager
 def _reading(path: Path, consume: Callable[[BinaryIO], object]) -> Iterator[_Reader]:
     """Make a FIFO and read it in a thread until its writer is done or gone."""
-    os.mkfifo(path, 0o600)
+    try:
+        os.mkfifo(path, 0o600)
+    except OSError as error:
+        raise ToolError(f"{path}: cannot make a FIFO there: {error.strerror}") from error
     reader = _Reader(path, Event(), Event())
     # Opened before the writer starts, and without waiting for it: it may die before it opens it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -275,6 +307,8 @@ def _reading(path: Path, consume: Callable[[BinaryIO], object]) -> Iterator[_Rea
                 os.set_blocking(descriptor, True)
                 with open(descriptor, "rb", buffering=_PIPE_BYTES, closefd=False) as stream:
                     consume(stream)
+            else:
+                reader.error = ToolError("it wrote no log-probabilities")
         except Exception as error:  # noqa: BLE001 - raised again by who waits for it
             reader.error = error
         finally:
@@ -313,11 +347,18 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
             time.sleep(_QUIET_S)
             return process.poll() is not None
         time.sleep(_POLL_S)
+        plan.check_stopped()
         now = time.monotonic()
         if now - said < _QUIET_S:
             continue
         said = now
         planned, running = _progress(_text(log))
+        if not planned and now - began > plan.start:
+            raise ToolError(
+                f"{TOOL} did not begin its first chunk in {plan.start:.0f} s: raise "
+                f"`llmperf_start_timeout` in the ini file; log: {log}"
+            )
+        plan.check_time(now - began, len(running), planned)
         if running and first is None:
             first = now, len(running)
         left = ""
@@ -331,7 +372,9 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
     if reader is not None:
         # The tool has written all that it will; what is in the pipe is still to be read.
         reader.stop.set()
-        reader.done.wait()
+        # It may wait for another pass, and be interrupted meanwhile.
+        while not reader.done.wait(_POLL_S):
+            plan.check_stopped()
     return True
 
 
@@ -379,7 +422,9 @@ def _failure(
     whole = final is not None and all(_is_number(final.group(i)) for i in (1, 2))
     # The last chunk's running estimate is the final one, but for its error.
     told = whole or (final is None and 0 < planned == len(running))
+    used = _CONFIG_FILE.search(text)
     found = (
+        (used is not None, f"read {used and used.group(1)}: move it away, it changes the options"),
         (status is None, f"did not end {done}"),
         (bool(status), f"ended with {describe_exit(status or 0)} {done}"),
         (not all(map(math.isfinite, running)), "found a perplexity that is no number"),

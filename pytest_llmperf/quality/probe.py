@@ -46,7 +46,14 @@ from numpy.typing import NDArray
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import dialect_of
-from pytest_llmperf.errors import BuildError, CheckError, PlanError, ServerError, ToolError
+from pytest_llmperf.errors import (
+    BuildError,
+    CheckError,
+    LlmperfError,
+    PlanError,
+    ServerError,
+    ToolError,
+)
 from pytest_llmperf.plan.config import Config
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.quality.logits import MOST_VOCAB, LogitsHeader, write_stream
@@ -163,7 +170,7 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
     began = time.monotonic()
     text = _read(corpus)
     if build.url is None:
-        config = replace(config, options=_options(build, config, plan))
+        build, config = _pinned(build, config, plan)
     with start(build, config, model, serve) as server:
         _check_room(server, plan)
         task = _Task.prepare(server, text, corpus, plan, listed)
@@ -179,10 +186,12 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
         command=server.shown_command,
         log=str(server.log or ""),
         seconds=time.monotonic() - began,
+        model=Path(str(server.props.get("model_path", ""))).name,
     )
 
 
-def _options(build: Build, config: Config, plan: PassPlan) -> dict[str, OptionValue]:
+def _pinned(build: Build, config: Config, plan: PassPlan) -> tuple[Build, Config]:
+    """Return build and config with the plan's sizes, whatever they say of them."""
     sizes: dict[str, OptionValue] = {
         "ctx-size": plan.context + SPARE,
         "parallel": 1,
@@ -191,7 +200,9 @@ def _options(build: Build, config: Config, plan: PassPlan) -> dict[str, OptionVa
     }
     # Where servers are started with more, each of some ten thousand requests writes 2 KiB.
     quiet = {"verbosity": 3} if dialect_of(build).log_verbosity else {}
-    return {**quiet, **config.options, **sizes}
+    own = {name: value for name, value in build.options.items() if name not in sizes}
+    options = {**quiet, **config.options, **sizes}
+    return replace(build, options=own), replace(config, options=options)
 
 
 def _read(corpus: Path) -> str:
@@ -413,6 +424,7 @@ class _Tally:
 
     def add(self, answer: Answer) -> None:
         """Count an answer in, and now and then say how far it is."""
+        self.plan.check_stopped()
         first = len(self.nlls) % self.header.n_scored == 0
         self.nlls.append(-answer.log_prob)
         if answer.evaluated > 1 and not first and not self._warned:
@@ -462,6 +474,11 @@ def _pass(task: _Task, tally: _Tally, consume: Callable[[BinaryIO], object] | No
             raise
         done = f"{len(tally.running)} of {task.header.n_chunk} chunks"
         failure = f"broke off after {done}: {str(error).splitlines()[0]}"
+    except BaseException as error:
+        if not isinstance(error, LlmperfError):
+            # Before the reader is waited for: it may wait for another pass.
+            tally.plan.stopped.set()
+        raise
     finally:
         if sink is not None:
             sink.close()

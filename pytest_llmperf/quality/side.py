@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -30,6 +30,7 @@ class Side:
         serve: How a server is started.
         listed: How many tokens' log-probabilities a server names a position; see
             :mod:`pytest_llmperf.quality.probe`.
+        progress: Is told how far it is; by default the plan's.
     """
 
     build: Build
@@ -38,6 +39,7 @@ class Side:
     way: Way
     serve: ServePlan
     listed: int = LISTED
+    progress: Callable[[str], None] | None = None
 
     def run(
         self, corpus: Path, plan: PassPlan, consume: Callable[[BinaryIO], object]
@@ -54,6 +56,8 @@ class Side:
             PartialPassError: If it did not get through; what it found is kept with the error.
             LlmperfError: If it cannot be run at all, or what ``consume`` raised.
         """
+        if self.progress is not None:
+            plan = replace(plan, progress=self.progress)
         if self.way == "server":
             found = run_probes(
                 self.build,

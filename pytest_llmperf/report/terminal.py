@@ -67,12 +67,13 @@ def summarize(
     _closing(reporter, results, strict=strict)
     for one in written:
         for change in one.changes:
-            unit = METRICS[change.metric].unit
+            metric = METRICS[change.metric]
+            what = "chunks" if metric.scope == "quality" else "launches"
             how = "replaced, its conditions changed" if change.replaced else "recorded"
             reporter.write_line(
                 f"{one.path}: {change.case} {change.metric} {how}: "
-                f"{figure(change.old, unit)} -> {figure(change.new, unit)} "
-                f"({change.launches_before} -> {change.launches_after} launches)"
+                f"{figure(change.old, metric.unit)} -> {figure(change.new, metric.unit)} "
+                f"({change.launches_before} -> {change.launches_after} {what})"
             )
     for path, entries in stale.items():
         reporter.write_line(

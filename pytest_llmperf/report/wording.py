@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
+from pytest_llmperf.judge._common import slack_text
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result
@@ -94,7 +95,7 @@ def allowed(verdict: Verdict) -> str:
     if verdict.tolerance or (metric.kind != "exact" and not verdict.slack):
         parts.append(f"{sign}{100 * verdict.tolerance:g} %")
     if verdict.slack:
-        parts.append(f"{verdict.slack:g} {metric.unit}")
+        parts.append(slack_text(metric, verdict.slack))
     change = " or ".join(parts) or "none"
     budget = verdict.evidence.get("budget")
     if not isinstance(budget, int | float):

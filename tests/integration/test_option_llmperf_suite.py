@@ -128,7 +128,7 @@ def test_unregistered_mark_of_a_config(project: Project) -> None:
     )
     done = project.run()
     assert done.code == 4
-    assert "config card: marks = ['slwo']" in done.text
+    assert "card/launch: not all of the marks ['gpu', 'slwo'] are registered" in done.text
 
 
 def test_tolerance_of_a_marker_is_checked(project: Project) -> None:

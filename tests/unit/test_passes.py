@@ -250,9 +250,64 @@ def test_fingerprints_differ_in_what_changes_answers(run: Run) -> None:
     others = (
         (Case(replace(PLAIN, options={"threads": 2}), corpus_pass=ONE), passed, "options"),
         (Case(PLAIN, corpus_pass=replace(ONE, ubatch=1)), passed, "pass"),
-        (case, replace(passed, way="server"), "path"),
+        (Case(PLAIN, corpus_pass=replace(ONE, path="server")), passed, "path"),
+        (Case(replace(PLAIN, against="q4"), corpus_pass=ONE), passed, "against"),
         (case, replace(passed, reference=run.folder / "text.txt"), "reference"),
     )
     for other, its_pass, name in others:
         found = passes.fingerprint(other, its_pass)
         assert {key for key in plain if plain[key] != found[key]} == {name}
+
+
+def test_a_running_server_has_no_other_config(run: Run) -> None:
+    """Asked for the reference, it would be compared with itself."""
+    server = replace(run.lab.build("b1", run.lab.stream("a", made_up())), url="http://127.0.0.1:9")
+    with pytest.raises(RunError, match="b1 is a running server and has one config, so f16 cannot"):
+        run.passes(server).alone(Case(QUANTIZED, corpus_pass=ONE))
+
+
+def test_equal_builds_are_both_passed(run: Run) -> None:
+    """What differs between them is noise, and it is to be seen."""
+    stream = run.lab.stream("a", made_up())
+    build = run.lab.build("b1", stream, q4_0=run.lab.stream("b", made_up(noise=1.0)))
+    first, second = run.passes(build, replace(build)).side_by_side(Case(QUANTIZED, corpus_pass=ONE))
+    assert first.values == second.values
+    assert run.passed() == 3
+
+
+def test_a_damaged_reference_is_made_anew(run: Run) -> None:
+    """Nobody would know where it lies."""
+    stream = run.lab.stream("a", made_up())
+    build = run.lab.build("b1", stream, q4_0=run.lab.stream("b", made_up(noise=1.0)))
+    case = Case(QUANTIZED, corpus_pass=ONE)
+    first = run.passes(build).alone(case)
+    assert first.reference is not None
+    whole = first.reference.read_bytes()
+    first.reference.write_bytes(whole[:-1])
+    again = run.passes(build).alone(case)
+    assert again.values == first.values
+    assert first.reference.read_bytes() == whole
+
+
+def test_options_that_a_pass_sets_do_not_count(run: Run) -> None:
+    """A config's context and batches are those of its server."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    passes = run.passes(build)
+    wide = replace(PLAIN, options={"ctx-size": 65536, "batch-size": 4096, "parallel": 4})
+    one, other = (passes.conditions(Case(c, corpus_pass=ONE)) for c in (PLAIN, wide))
+    assert one == other
+
+
+def test_progress_says_whose_it_is(run: Run) -> None:
+    """Two passes run at once."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()), fault="slow")
+    run.passes(build).alone(Case(PLAIN, corpus_pass=ONE))
+    assert any(text.startswith("f16: b1: perplexity: ") for text in run.said)
+
+
+def test_a_text_of_few_chunks_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They tell nothing of how chunks differ, so nothing is recorded of them."""
+    monkeypatch.setattr("pytest_llmperf.passes._FEWEST_CHUNKS", 5)
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    with pytest.raises(RunError, match="the text makes 4 chunks, and fewer than 5 tell nothing"):
+        run.passes(build).alone(Case(PLAIN, corpus_pass=ONE))

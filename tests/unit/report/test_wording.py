@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_llmperf.judge.quality import compare_chunks
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result, Side
@@ -74,6 +75,9 @@ def test_an_interval_has_two_ends(verdict: Verdict) -> None:
         ("compute_mib", 0.0, 4.0, "4 MiB"),
         ("n_ctx", 0.1, 0.0, "-10 %"),
         ("kld_mean", 0.07, 0.0, "+7 %"),
+        ("kld_mean", 0.1, 0.0025, "+10 % or 0.0025 nat"),
+        ("same_top", 0.005, 4.0, "-0.5 % or 4 points"),
+        ("same_top", 0.0, 1.0, "1 point"),
     ],
 )
 def test_what_is_allowed_points_to_the_worse(
@@ -222,6 +226,16 @@ def test_the_bound_of_a_run_is_the_sum(result: Result, verdict: Verdict) -> None
     sure = replace(verdict, evidence={"false_regression_bound": 0.4})
     assert run_bound([replace(result, verdicts=(sure,) * 3)]) == 1.0
     assert run_bound([result]) is None
+
+
+def test_the_bound_of_a_run_counts_quality(result: Result) -> None:
+    """One in a thousand for each metric, and as much again for its budget."""
+    chunks = [5.0, 6.0, 7.0, 8.0]
+    verdicts = tuple(
+        compare_chunks(METRICS["ppl"], chunks, chunks, tolerance=0.01, budget=budget)
+        for budget in (None, 10.0)
+    )
+    assert run_bound([replace(result, verdicts=verdicts)]) == pytest.approx(0.003)
 
 
 def test_a_drift_since_the_oldest_baseline_is_told(result: Result, verdict: Verdict) -> None:
