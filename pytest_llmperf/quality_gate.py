@@ -102,9 +102,11 @@ class QualityQuestion:
         known = (entries or {}).get(metric.name)
         if known is None:
             # Measured all the same: a build that cannot run this case must not pass it.
-            tried = entries is not None and stored.baseline.published
-            measured = self.passes.alone(case) if tried else None
-            return missing_from(stored, case, metric), measured
+            verdict = missing_from(stored, case, metric)
+            if entries is None or not stored.baseline.published:
+                return verdict, None
+            measured = self.passes.alone(case)
+            return self._budgeted(verdict, measured), measured
         if known.launches is None:
             return self._published(known.value)
         fingerprint = stored.baseline.fingerprints.get(case.key, {})
@@ -135,11 +137,16 @@ class QualityQuestion:
             told = _AGAINST_ITSELF.format(metric=metric.name, case=self.case.key)
             return failed(metric, told), None
         new = self.passes.alone(self.case)
-        chunks = new.values[metric.name]
-        measured = pooled(metric, chunks, new.tokens)
+        measured = pooled(metric, new.values[metric.name], new.tokens)
         verdict = compare_published(metric, value, [[measured]], tolerance=self.tolerance)
-        budget = config.budgets.get(metric.name)
-        return within_budget(verdict, metric, chunks, tokens=new.tokens, budget=budget), new
+        return self._budgeted(verdict, new), new
+
+    def _budgeted(self, verdict: Verdict, new: Passed) -> Verdict:
+        """Hold a value against its budget, which counts whatever it is compared with."""
+        metric = self.metric
+        budget = self.case.config.budgets.get(metric.name)
+        chunks = new.values[metric.name]
+        return within_budget(verdict, metric, chunks, tokens=new.tokens, budget=budget)
 
     def _reference(self, stored: Stored, digest: str) -> Path | str:
         """Return the reference that was recorded, or what is wrong with it."""

@@ -39,7 +39,7 @@ budgets = { kld_mean = 0.001 }
 [passes.p]
 corpus = "quality.txt"
 context = 128
-chunks = 6
+chunks = 16
 """
 
 MODULE = """
@@ -71,7 +71,7 @@ def test_a_recorded_baseline_passes_and_keeps_its_references(answers: Project) -
     assert set(recorded["results"]) == {"f16/p", "q4/p"}
     for case in ("f16/p", "q4/p"):
         assert set(recorded["results"][case]) == set(METRICS)
-        assert len(recorded["results"][case]["ppl"]["launches"]) == 6
+        assert len(recorded["results"][case]["ppl"]["launches"]) == 16
     assert recorded["results"]["f16/p"]["kld_mean"]["value"] == 0
     assert 0.001 < recorded["results"]["q4/p"]["kld_mean"]["value"] < 0.2
     # The config that is diverged from and the one that diverges rest on the same answers.

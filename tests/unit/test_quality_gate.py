@@ -121,12 +121,12 @@ def ask(
     return answer(passes, comparison, metric, case)[0]
 
 
-def published(value: float, metric: str = "ppl") -> Stored:
-    """Return a report's figure of the case."""
+def published(value: float, metric: str = "ppl", case: Case = CASE) -> Stored:
+    """Return a report's figure of a case."""
     entry = Recorded(METRICS[metric].unit, METRICS[metric].better, None, value)
     recorded = {"at": "2026-02-27", "by": "published", "source": "a report"}
     baseline = Baseline(
-        {"label": "report"}, {"key": "lab"}, recorded, {CASE.key: {metric: entry}}, {}
+        {"label": "report"}, {"key": "lab"}, recorded, {case.key: {metric: entry}}, {}
     )
     return Stored(baseline, "report", "baselines/report/lab.json", "--llmperf-build=report")
 
@@ -447,6 +447,17 @@ def test_a_report_without_this_metric_shows_nothing(desk: Desk) -> None:
     assert desk.passed() == 1
     broken = desk.passes(desk.build("b2", fault="dies"))
     assert ask(broken, published(8.0), "kld_mean").outcome is Outcome.ERROR
+
+
+def test_a_budget_counts_where_a_report_says_nothing(desk: Desk) -> None:
+    """And where it gives a figure that the build meets."""
+    build = desk.build("b1", q4_0=1.0)
+    case = replace(QUANTIZED, config=replace(QUANTIZED.config, budgets={"kld_mean": 0.001}))
+    for report in (published(8.0, case=case), published(50.0, "kld_mean", case)):
+        verdict = ask(desk.passes(build), report, "kld_mean", case=case)
+        assert verdict.outcome is Outcome.REGRESSION
+        assert "beyond the budget of 0.001 nat" in verdict.reason
+        assert again(verdict) is Outcome.REGRESSION
 
 
 def test_a_report_without_this_case_is_missing(desk: Desk) -> None:

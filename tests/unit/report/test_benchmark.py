@@ -21,13 +21,15 @@ RunWith = Callable[..., "tuple[pytest.RunResult, list[dict[str, Any]]]"]
 
 
 @pytest.fixture
-def run_with(pytester: pytest.Pytester) -> RunWith:
+def run_with(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> RunWith:
     """Return a function that runs a test which replays a result.
 
     It takes the result, options of pytest, the body of the test with ``replay(request, result)``
     and its fixtures, and returns the outcome and the benchmarks of its JSON file. Options go
     without a JSON file: pytest-benchmark warns where it has nothing to write.
     """
+    # It takes a worker of pytest-xdist for no place to measure; this one only replays.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
     def run(
         result: Result,
