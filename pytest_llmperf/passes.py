@@ -47,7 +47,7 @@ from pytest_llmperf.quality.reference import (
     own_divergences,
 )
 from pytest_llmperf.quality.side import Side, Way, has_tool
-from pytest_llmperf.quality.values import Chunks, base_values, chunk_values
+from pytest_llmperf.quality.values import Chunks, all_figures, base_values, chunk_values
 from pytest_llmperf.serve.launch import ServePlan
 
 _T = TypeVar("_T")
@@ -88,6 +88,8 @@ class Passed:
         reference: The file that it diverges from; None where the baseline's own pass, made at
             the same time, was the reference.
         model: Name of the model file as a server tells it, ``""`` by the tool.
+        summary: All that ``llama-perplexity --kl-divergence`` prints; empty where the pass is the
+            reference itself.
         doubt: What the reference adds to the mean KLD: its standard error, and the bounds that
             hold for certain, nats; empty where nothing.
     """
@@ -100,6 +102,7 @@ class Passed:
     way: Way
     reference: Path | None = None
     model: str = ""
+    summary: Mapping[str, object] = field(default_factory=dict)
     doubt: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -283,14 +286,17 @@ class Passes:
             found = compare_passes(*sides, self.corpus(one), self._plan(one))
         tokens = found.tokens
         # Perplexities of both by the same means, or what one stream clips would count as a change.
-        told = min(len(found.base.running), len(found.new.running))
+        known = min(len(found.base.running), len(found.new.running))
         first, second = (
-            replace(one_pass, running=one_pass.running[:told])
+            replace(one_pass, running=one_pass.running[:known])
             for one_pass in (found.base, found.new)
         )
         return (
             _passed(sides[0], found.base, base_values(first, tokens), tokens),
-            _passed(sides[1], found.new, chunk_values(second, tokens), tokens),
+            replace(
+                _passed(sides[1], found.new, chunk_values(second, tokens), tokens),
+                summary=all_figures(tokens),
+            ),
         )
 
     def _own(self, build: Build, config: Config, one: CorpusPass) -> Passed:
@@ -307,14 +313,12 @@ class Passes:
         """Return the reference of another config's answers; it is kept, and never changed."""
         way = self._way(one)
         what = [
-            *(PROTOCOL, self.machine, build.sha256, sorted(map(str, build.env.items()))),
-            *(
-                self._model_sha(config),
-                sorted(map(str, {**config.options, **build.options}.items())),
-            ),
-            *(one.digest(), self._sha(self.corpus(one)), way),
+            *(PROTOCOL, self.machine, way, one.digest()),
+            *(self._model_sha(config), self._sha(self.corpus(one))),
             # The hash of a build is that of its server.
-            self._sha(tool_of(build)) if way == "tool" else "",
+            *(build.sha256, self._sha(tool_of(build)) if way == "tool" else ""),
+            sorted(map(str, build.env.items())),
+            sorted(map(str, {**config.options, **build.options}.items())),
         ]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         path = self.cache / "references" / f"{config.name}-{one.name}-{digest}{SUFFIX}"
@@ -379,7 +383,7 @@ class Passes:
                 side = replace(side, listed=_ALL_LISTED)
             found = side.run(self.corpus(one), self._plan(one), consume)
         passed = _passed(side, found, chunk_values(found, made[0]), made[0], reference)
-        return replace(passed, doubt=doubt)
+        return replace(passed, doubt=doubt, summary=all_figures(made[0]))
 
     @contextlib.contextmanager
     def _passing(self, config: Config, what: str) -> Iterator[None]:

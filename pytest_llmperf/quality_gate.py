@@ -93,7 +93,10 @@ class QualityQuestion:
             tolerance=self.tolerance,
             budget=self.case.config.budgets.get(self.metric.name),
         )
-        about = {"way": new.way, **new.doubt}
+        about: dict[str, object] = {"way": new.way, **new.doubt}
+        if self.metric.name == "kld_mean":
+            # Once is enough; of all four it is the one that is about divergence as a whole.
+            about["summary"] = dict(new.summary)
         return replace(verdict, evidence={**verdict.evidence, "pass": about})
 
     def _stored(self, stored: Stored) -> tuple[Verdict, Passed | None]:

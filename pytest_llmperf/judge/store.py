@@ -18,7 +18,6 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from types import MappingProxyType
 
 import platformdirs
@@ -391,7 +390,7 @@ def _merge(
             value = pooled(metric, together, int(entry.fingerprint["tokens"]))
         else:
             together = (*held.get(name, ()), *launches)[-most:]
-            value = float(median(median(launch) for launch in together))
+            value = _median([_median(launch) for launch in together])
         after[name] = Recorded(metric.unit, metric.better, together, rounded(value))
     changes = [
         _change(case, name, before.get(name), after.get(name), replaced=replaced)
@@ -402,6 +401,15 @@ def _merge(
         results[case] = after
         fingerprints[case] = dict(entry.fingerprint)
     return changes
+
+
+def _median(values: Sequence[float]) -> float:
+    """The median; unlike that of ``statistics`` finite for all finite values."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return float(ordered[middle])
+    return ordered[middle - 1] / 2 + ordered[middle] / 2
 
 
 def _unseen(

@@ -7,19 +7,23 @@ the mean, of a percentile of tokens the largest ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_llmperf.quality.divergence import TokenDivergences, tails_by_chunk
+from pytest_llmperf.quality.divergence import Estimate, TokenDivergences, summarize, tails_by_chunk
 from pytest_llmperf.quality.perplexity import Perplexity
 
 Chunks = dict[str, list[list[float]]]
 """Metric name to one list a chunk."""
 
 _MOST_LOG = 700.0
+_ESTIMATES = (
+    *("ppl", "ppl_base", "ln_ppl_ratio", "ppl_ratio", "ppl_difference"),
+    *("kld", "delta_p", "delta_p_rms", "same_top"),
+)
 
 
 def chunk_values(found: Perplexity, tokens: TokenDivergences) -> Chunks:
@@ -46,6 +50,34 @@ def base_values(found: Perplexity, tokens: TokenDivergences) -> Chunks:
         "same_top": [[100.0]] * chunks,
         "kld_p999": [[0.0]] * chunks,
     }
+
+
+def all_figures(tokens: TokenDivergences) -> dict[str, object]:
+    """Return all that ``llama-perplexity --kl-divergence`` prints, for a verdict's evidence.
+
+    Shares and probabilities are fractions. An estimate has its standard error by tokens, as that
+    tool prints it, and by chunks; what is no number, such as an error of a single chunk, is left
+    out.
+    """
+    summary = summarize(tokens)
+    found: dict[str, object] = {
+        "tokens": summary.tokens,
+        "kld_percentiles": _by_percent(summary.kld_percentiles),
+        "delta_p_percentiles": _by_percent(summary.delta_p_percentiles),
+        "at_floor": summary.at_floor,
+        "at_floor_base": summary.at_floor_base,
+    }
+    if math.isfinite(summary.ppl_correlation):
+        found["ppl_correlation"] = summary.ppl_correlation
+    for name in _ESTIMATES:
+        estimate: Estimate = getattr(summary, name)
+        figures = {"value": estimate.value, "se": estimate.error, "se_chunks": estimate.chunk_error}
+        found[name] = {key: value for key, value in figures.items() if math.isfinite(value)}
+    return found
+
+
+def _by_percent(percentiles: Mapping[float, float]) -> dict[str, float]:
+    return {f"{percent:g}": value for percent, value in percentiles.items()}
 
 
 def _means(values: NDArray[np.generic], n_scored: int) -> list[list[float]]:

@@ -175,7 +175,11 @@ def test_equal_builds_pass_side_by_side(desk: Desk, metric: str) -> None:
     passes = desk.passes(desk.build("b2"), desk.build("b1"))
     verdict, base, new = answer(passes, SideBySide(), metric)
     assert (verdict.outcome, verdict.mode) == (Outcome.PASS, "chunks")
-    assert verdict.evidence["pass"] == {"way": "tool"}
+    about = verdict.evidence["pass"]
+    assert isinstance(about, Mapping)
+    assert about["way"] == "tool"
+    # What the tool itself would print is told once, with the mean.
+    assert ("summary" in about) == (metric == "kld_mean")
     assert base is not None
     assert new is not None
     assert (base.build, new.build) == ("b1", "b2")
@@ -206,7 +210,7 @@ def test_a_quantized_config_is_judged_by_what_it_loses_on_either_build(desk: Des
     assert verdict.base > 0.01
     about = verdict.evidence["pass"]
     assert isinstance(about, Mapping)
-    assert set(about) == {"way", "kld_error", "kld_least", "kld_most"}
+    assert set(about) == {"way", "kld_error", "kld_least", "kld_most", "summary"}
     worse = desk.passes(desk.build("b3", q4_0=2.0), base)
     assert ask(worse, SideBySide(), case=QUANTIZED).outcome is Outcome.REGRESSION
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.quality.divergence import TokenDivergences, compare, tails_by_chunk
 from pytest_llmperf.quality.logits import LogitsReader, write_stream
 from pytest_llmperf.quality.perplexity import Perplexity
-from pytest_llmperf.quality.values import base_values, chunk_values
+from pytest_llmperf.quality.values import all_figures, base_values, chunk_values
 
 CHUNKS, CONTEXT, VOCAB = 3, 12, 60
 SCORED = CONTEXT - 1 - CONTEXT // 2
@@ -186,3 +188,34 @@ def test_the_base_does_not_diverge_and_has_its_own_perplexity(seed: int) -> None
     for name in QUALITY:
         assert complaint(METRICS[name], values[name], SCORED) == ""
     assert pooled(METRICS["kld_p999"], values["kld_p999"], SCORED) == 0
+
+
+def test_all_that_the_tool_prints_is_told() -> None:
+    """In numbers that JSON can hold."""
+    _, tokens = streams(1)
+    found = all_figures(tokens)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    kld = found["kld"]
+    assert isinstance(kld, dict)
+    assert kld["value"] == pytest.approx(float(tokens.kld.astype(np.float64).mean()))
+    assert set(kld) == {"value", "se", "se_chunks"}
+    percentiles = found["kld_percentiles"]
+    assert isinstance(percentiles, dict)
+    assert percentiles["50"] == pytest.approx(float(np.median(tokens.kld)))
+    assert {"99.9", "99", "95", "90", "100"} <= set(percentiles)
+    assert {"ln_ppl_ratio", "delta_p_rms", "same_top", "ppl_correlation"} <= set(found)
+
+
+def test_what_is_no_number_is_left_out() -> None:
+    """One chunk has no spread."""
+    _, tokens = streams(1)
+    one = replace(
+        tokens,
+        **{
+            field: getattr(tokens, field)[: tokens.n_scored]
+            for field in ("kld", "nll_base", "nll", "same_top", "at_floor_base", "at_floor")
+        },
+    )
+    kld = all_figures(one)["kld"]
+    assert isinstance(kld, dict)
+    assert "se_chunks" not in kld
