@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Protocol, TypeVar
 
 from pytest_llmperf.campaign import Campaign, PairedLaunches
@@ -103,6 +104,8 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
             "offloaded_layers": "the log does not say; a build for the CPU offloads none",
             "load_ms": "a running server was not started by us",
             "rss_mib": "a running server's processes are not ours to look at",
+            "draft_acceptance": "the server drafted nothing: does the config set spec-type, and "
+            "does the text repeat itself?",
         }
         why = hints.get(metric.name, "the server's log or answers do not tell it")
         raise UnmeasuredError(f"{metric.name} was not measured on {launch.build}: {why}")
@@ -190,15 +193,55 @@ class Question:
         self._check_steady(pair)
         return to_block(pair, self.case, self.metric)
 
-    def _exact(self, base: float, new: float) -> Verdict:
-        return compare_exact(
-            self.metric, base, new, tolerance=self.tolerance, slack=self.metric.slack
+    def _exact(self, base: Sequence[Sequence[float]], new: Sequence[float]) -> Verdict:
+        """Compare what should be one value: samples of launches of the baseline, and of one now.
+
+        Where samples differ all the same, their medians are compared. The verdict stands if
+        every sample says the same of every other, or if samples of the same number are equal:
+        a server that remembers earlier requests answers the same one differently, but in the
+        same order.
+        """
+
+        def compare(before: float, after: float) -> Verdict:
+            return compare_exact(
+                self.metric, before, after, tolerance=self.tolerance, slack=self.metric.slack
+            )
+
+        if self.metric.scope == "launch":
+            # What a start shows it shows once.
+            base, new = [base[0][:1]], new[:1]
+        known = [value for launch in base for value in launch]
+        verdict = compare(median(known), median(new))
+        if len({*known}) == len({*new}) == 1:
+            return verdict
+        ends = [f(side) for side in (known, new) for f in (min, max)]
+        told = (
+            f"the samples of one launch are not all equal, {ends[0]:.4g} to {ends[1]:.4g} in the "
+            f"baseline and {ends[2]:.4g} to {ends[3]:.4g} in the build under test"
+        )
+        outcomes = {compare(one, other).outcome for one in ends[:2] for other in ends[2:]}
+        in_step = all(
+            len(launch) == len(new)
+            and all(
+                compare(*pair).outcome is Outcome.PASS for pair in zip(launch, new, strict=True)
+            )
+            for launch in base
+        )
+        if in_step or outcomes == {verdict.outcome}:
+            return replace(verdict, reason=f"{verdict.reason} ({told}; medians are compared)")
+        unclear = missing(self.metric, f"{self.metric.name} is not deterministic here: {told}")
+        return replace(
+            unclear,
+            outcome=Outcome.INCONCLUSIVE,
+            base=verdict.base,
+            new=verdict.new,
+            change=verdict.change,
         )
 
     def _side_by_side(self, campaign: Campaign) -> Verdict:
         if self.metric.kind == "exact":
             first = self._block(campaign, 0)
-            return self._exact(first.base[0], first.new[0])
+            return self._exact([first.base], first.new)
 
         def decide(screen: list[Block], confirm: list[Block], *, last: bool) -> Decision:
             return decide_side_by_side(
@@ -275,7 +318,8 @@ class Question:
         if differing:
             return incomparable(metric, differing)
         if metric.kind == "exact":
-            return self._exact(known.value, first[0][0])
+            several = metric.scope == "request"
+            return self._exact(known.launches if several else [[known.value]], first[0])
         base = known.launches
         plan = stored_plan(self.launches)
         prior = pooled_prior(stored.baseline, case.key, metric.name)

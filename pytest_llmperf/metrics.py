@@ -61,6 +61,24 @@ METRICS: dict[str, Metric] = {
         _timing("ttft_ms", "ms", "lower", 0.10, "request sent to first token, seen by the client"),
         _timing("itl_ms", "ms", "lower", 0.05, "mean time between tokens, seen by the client"),
         _timing("e2e_ms", "ms", "lower", 0.05, "request sent to last byte, seen by the client"),
+        _timing(
+            "aggregate_tps",
+            "tok/s",
+            "higher",
+            0.05,
+            "tokens of all parallel requests / first one sent to last byte of the last",
+        ),
+        # The same text drafts the same: the slack is for builds whose rounding makes other text.
+        Metric(
+            "draft_acceptance",
+            "%",
+            "higher",
+            "exact",
+            "request",
+            0.0,
+            1.0,
+            "drafted tokens that were accepted",
+        ),
         Metric("load_ms", "ms", "lower", "timing", "launch", 0.25, 50.0, "process start to ready"),
         Metric(
             "rss_mib",

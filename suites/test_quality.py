@@ -55,7 +55,7 @@ def test_decode_path(quality):
     quality.gate(*ANSWERS)
 
 
-@pytest.mark.llmperf(configs=QWEN, passes=["wikitext2", "wikitext2_4096"])
+@pytest.mark.llmperf(configs=QWEN, passes=["wikitext2", "wikitext2_c4096"])
 def test_weights(quality):
     """Each quant format against Q8_0, over all of WikiText-2."""
     quality.gate(*TAILS)

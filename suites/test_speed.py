@@ -10,6 +10,12 @@ ANYWHERE = ["cpu"]
 # The same with a quantized KV cache, whose cost shows with a long prompt.
 ANYWHERE_KV = ["cpu-kv-q8"]
 
+# The same with a slot for each of four users.
+PARALLEL = ["cpu-parallel"]
+
+# Speculative decoding without a draft model.
+DRAFTING = ["cpu-ngram"]
+
 # The seed reports' machine, an RTX 5080 with 16 GB. These configs carry the mark `gpu`; the
 # figures the reports publish for them are in baselines/b8149.
 RTX_5080 = ["c4r", "c5", "c7", "fit-default", "fit-256", "fit-nobatch"]
@@ -34,3 +40,16 @@ def test_decode_quantized_kv(speed):
 def test_prefill(speed):
     """Prompt processing and the time to the first token stay within tolerance."""
     speed.gate("prefill_tps", "ttft_ms")
+
+
+@pytest.mark.llmperf(configs=DRAFTING, workloads=["repeat"])
+def test_drafting(speed):
+    """As many drafted tokens are accepted as before, whatever that does to the speed."""
+    speed.gate("draft_acceptance")
+
+
+@pytest.mark.long_running
+@pytest.mark.llmperf(configs=PARALLEL, workloads=["parallel_4"])
+def test_parallel(speed):
+    """Four users at once get as many tokens together, and each as soon, as before."""
+    speed.gate("aggregate_tps", "decode_tps", "ttft_ms")

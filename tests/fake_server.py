@@ -116,7 +116,14 @@ def complete(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
         fake.completions += 1
         number = fake.completions
     size = len(prompt)
-    fake.note(event="completion", build=fake.number, number=number, prompt=size, generate=generate)
+    fake.note(
+        event="completion",
+        build=fake.number,
+        number=number,
+        prompt=size,
+        generate=generate,
+        slot=body.get("id_slot"),
+    )
 
     def due(fault: str) -> bool:
         return fake.strikes(fault, number, size)

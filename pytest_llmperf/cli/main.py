@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pytest_llmperf import __version__
-from pytest_llmperf.cli import calibrate, verdict
+from pytest_llmperf.cli import calibrate, synth, verdict
 from pytest_llmperf.errors import LlmperfError, UserError
 
 _USAGE = 4
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llmperf", description="What goes beside pytest.")
     parser.add_argument("--version", action="version", version=f"llmperf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (calibrate, verdict):
+    for module in (calibrate, synth, verdict):
         text = (module.__doc__ or "").partition(": ")[2].partition("\n")[0]
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=text, description=text)

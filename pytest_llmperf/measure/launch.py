@@ -17,7 +17,7 @@ from pytest_llmperf.measure.logfacts import LogFacts, read_log
 from pytest_llmperf.measure.prompts import Script, write_script
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
 from pytest_llmperf.serve.client import Reply
-from pytest_llmperf.serve.launch import Server
+from pytest_llmperf.serve.launch import Server, server_options
 
 PROTOCOL = 1
 """Raised when the way of measuring changes so that older results no longer compare."""
@@ -127,18 +127,36 @@ class Session:
         value = settings.get("n_ctx", 0) if isinstance(settings, dict) else 0
         return int(value) if isinstance(value, int | float) else 0
 
+    def slots(self) -> int:
+        """Return how many requests are answered at once, 0 where neither server nor config says."""
+        value = self.server.props.get("total_slots")
+        if not isinstance(value, int):
+            value = server_options(self.server.build, self.server.config).get("parallel")
+        # -1 leaves the number to the server.
+        return max(value, 0) if isinstance(value, int) else 0
+
     def script(self, workload: Workload) -> Script:
         """Return the workload's requests.
 
         Raises:
-            CheckError: If the conversation does not fit into the server's context.
+            CheckError: If the server has too few slots for them, or too little context.
         """
         if workload.name not in self._scripts:
-            room = self.context()
-            if room and workload.tokens > room:
+            config, slots, room = self.server.config.name, self.slots(), self.context()
+            if slots and workload.parallel > slots:
                 raise CheckError(
-                    f"workload {workload.name} needs {workload.tokens} tokens of context, config "
-                    f"{self.server.config.name} has {room}: raise ctx-size or shorten the workload"
+                    f"workload {workload.name} sends {workload.parallel} requests at once, config "
+                    f"{config} has slots for {slots}: set parallel = {workload.parallel} in its "
+                    "options, and ctx-size to as many times the context of one"
+                )
+            options = server_options(self.server.build, self.server.config)
+            # Slots have a context each, unless they share the one that the server tells.
+            sharing = workload.parallel if options.get("kv-unified") is True else 1
+            need = workload.tokens * sharing
+            if room and need > room:
+                raise CheckError(
+                    f"workload {workload.name} needs {need} tokens of context, config "
+                    f"{config} has {room}: raise ctx-size or shorten the workload"
                 )
             script = self._scripts[workload.name] = write_script(workload, self._tokens)
             self.launch.digests[workload.name] = script.digest
@@ -162,23 +180,30 @@ class Session:
         """
         taken = self.launch.samples.setdefault(workload.name, {})
         number = len(next(iter(taken.values()), [])) + 1
-        replies = self._ask(self.script(workload), f"sample {number} of {workload.name}")
-        for metric, value in timings(replies).items():
+        replies, wall_ms = self._ask(self.script(workload), f"sample {number} of {workload.name}")
+        for metric, value in measured(replies, workload.parallel, wall_ms).items():
             taken.setdefault(metric, []).append(value)
 
-    def _ask(self, script: Script, purpose: str) -> list[Reply]:
-        replies = []
-        for turn, request in enumerate(script.requests, start=1):
-            what = (
+    def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float]:
+        """Send the requests, round by round; return the replies and the rounds' milliseconds."""
+        replies: list[Reply] = []
+        wall_ms = 0.0
+        for requests in script.rounds:
+            names = [
                 f"{self.server.config.name} on {self.server.build.label}: {purpose}, request "
-                f"{turn} of {len(script.requests)} (prompt {len(request.prompt)}, "
+                f"{number} of {len(script.requests)} (prompt {len(request.prompt)}, "
                 f"generate {request.generate} tokens)"
+                for number, request in enumerate(requests, start=len(replies) + 1)
+            ]
+            taken, ms = self.server.client.complete_together(
+                [(r.prompt, r.generate, what) for r, what in zip(requests, names, strict=True)]
             )
-            reply = self.server.client.complete(request.prompt, request.generate, what)
-            check(reply, len(request.prompt), request.generate, what)
-            replies.append(reply)
-            self.launch.requests += 1
-        return replies
+            for request, reply, what in zip(requests, taken, names, strict=True):
+                check(reply, len(request.prompt), request.generate, what)
+                self.launch.requests += 1
+            replies += taken
+            wall_ms += ms
+        return replies, wall_ms
 
 
 def check(reply: Reply, prompt: int, generate: int, what: str) -> None:
@@ -226,6 +251,28 @@ def timings(replies: list[Reply]) -> dict[str, float]:
         "itl_ms": sum(reply.last_ms - reply.ttft_ms for reply in replies) / gaps,
         "e2e_ms": sum(reply.e2e_ms for reply in replies),
     }
+
+
+def measured(replies: list[Reply], parallel: int, wall_ms: float) -> dict[str, float]:
+    """Return one sample: the metrics of one pass over a workload, by itself or in parallel.
+
+    Of parallel requests the metrics of :func:`timings` are those of one among the others: means
+    over them, so that one which starves shows. ``aggregate_tps`` is all generated tokens by the
+    time that all together took, prompts included. ``draft_acceptance`` is accepted by drafted
+    tokens of all requests, in percent; it is left out where nothing was drafted.
+
+    Args:
+        replies: Of all turns and parallel requests.
+        parallel: Requests that were sent at once.
+        wall_ms: First request sent to last byte of the last, summed over the turns.
+    """
+    found = timings(replies)
+    found["e2e_ms"] /= parallel
+    found["aggregate_tps"] = 1e3 * sum(reply.predicted_n for reply in replies) / wall_ms
+    if drafted := sum(reply.draft_n or 0 for reply in replies):
+        accepted = sum(reply.draft_accepted_n or 0 for reply in replies)
+        found["draft_acceptance"] = 100 * accepted / drafted
+    return found
 
 
 def process_tree(pid: int) -> list[psutil.Process]:

@@ -82,21 +82,32 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked of a server: turns of a conversation, each sent with a cold cache."""
+    """What is asked of a server: turns of a conversation, each sent with a cold cache.
+
+    Attributes:
+        name: As in ``[workloads.NAME]``; part of the node id.
+        turns: One request each.
+        help: One line for people.
+        parallel: Conversations held at once, each of these lengths, of its own text and in a slot
+            of its own; the next turn is sent once all have their answers.
+    """
 
     name: str
     turns: tuple[Turn, ...]
     help: str = ""
+    parallel: int = 1
 
     @property
     def tokens(self) -> int:
-        """Context the last turn needs, in tokens."""
+        """Context the last turn of one conversation needs, in tokens."""
         return sum(turn.prompt + turn.generate for turn in self.turns)
 
     def digest(self) -> str:
-        """Return a short hash of the lengths, for the fingerprint."""
-        lengths = json.dumps([[turn.prompt, turn.generate] for turn in self.turns])
-        return hashlib.sha256(lengths.encode()).hexdigest()[:16]
+        """Return a short hash of the lengths and of ``parallel``, for the fingerprint."""
+        lengths = [[turn.prompt, turn.generate] for turn in self.turns]
+        # One at a time is left unsaid: the baselines from before there was a choice stay valid.
+        shape = json.dumps(lengths if self.parallel == 1 else [lengths, self.parallel])
+        return hashlib.sha256(shape.encode()).hexdigest()[:16]
 
 
 PassPath = Literal["auto", "tool", "server"]

@@ -27,7 +27,7 @@ from pytest_llmperf.plan.config import (
 )
 from pytest_llmperf.plan.env_file import read_env_file
 from pytest_llmperf.plan.lines import line_of
-from pytest_llmperf.plan.model import FLOATS, Model, SynthSpec
+from pytest_llmperf.plan.model import FLOATS, Model, PresetSpec, SynthSpec
 from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag
 
 _T = TypeVar("_T")
@@ -178,19 +178,20 @@ class _Reader:
         where = ("models", name)
         self.keys(table, ("file", "synth", "from", "quantize", "sha256", "help"), *where)
         try:
-            synth = None
+            synth: SynthSpec | PresetSpec | None = None
             if "synth" in table:
                 shape = self.take(table, "synth", dict, {}, *where)
-                allowed = [f.replace("_", "-") for f in SynthSpec.__dataclass_fields__]
+                made = PresetSpec if "preset" in shape else SynthSpec
+                allowed = [f.replace("_", "-") for f in made.__dataclass_fields__]
                 self.keys(shape, allowed, *where, "synth")
                 for key, value in shape.items():
-                    kind = str if key == "quant" else int
+                    kind = str if key in {"preset", "quant"} else int
                     if not isinstance(value, kind) or isinstance(value, bool):
                         shown = "a string" if kind is str else "a whole number"
                         raise self.fail(
                             f"`{key}` must be {shown}, not {value!r}", *where, "synth", key
                         )
-                synth = SynthSpec(**{key.replace("-", "_"): shape[key] for key in shape})
+                synth = made(**{key.replace("-", "_"): shape[key] for key in shape})
             return Model(
                 name=name,
                 file=self.take(table, "file", str, "", *where) or None,
@@ -293,7 +294,7 @@ class _Reader:
 
     def workload(self, name: str, table: dict[str, object]) -> Workload:
         where = ("workloads", name)
-        self.keys(table, ("turns", "help"), *where)
+        self.keys(table, ("turns", "parallel", "help"), *where)
         if name == LAUNCH:
             raise self.fail(f"`{LAUNCH}` is taken: it stands for what a start alone shows", *where)
         turns = []
@@ -312,7 +313,14 @@ class _Reader:
             turns.append(Turn(int(str(lengths[0])), int(str(lengths[1]))))
         if not turns:
             raise self.fail("lacks `turns`, such as [{ prompt = 64, generate = 64 }]", *where)
-        return Workload(name, tuple(turns), self.take(table, "help", str, "", *where))
+        parallel = table.get("parallel", 1)
+        if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+            raise self.fail(
+                f"`parallel` must be a whole number of requests, at least 1, not {parallel!r}",
+                *where,
+                "parallel",
+            )
+        return Workload(name, tuple(turns), self.take(table, "help", str, "", *where), parallel)
 
     def corpus_pass(self, name: str, table: dict[str, object]) -> CorpusPass:
         where = ("passes", name)

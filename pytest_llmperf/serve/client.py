@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,16 @@ class Reply:
     draft_n: int | None
     draft_accepted_n: int | None
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """An answer as it came, times in seconds: (arrival, bytes), when sent, when over, status."""
+
+    arrived: Sequence[tuple[float, bytes]]
+    started: float
+    ended: float
+    status: int
 
 
 @cache
@@ -165,29 +176,82 @@ class Client:
         except ValueError as error:
             raise ServerError(f"{what}: the answer is no JSON: {response.text[:_SHOWN]}") from error
 
-    def complete(self, prompt: Sequence[int], generate: int, what: str) -> Reply:
+    def complete(self, prompt: Sequence[int], generate: int, what: str, *, slot: int = 0) -> Reply:
         """Send a cold, greedy completion of fixed length and time it.
 
         Args:
             prompt: Token ids.
             generate: Tokens to generate, exactly.
             what: Names the request in error texts.
+            slot: Slot of the server that answers.
 
         Raises:
             ServerError: If the server answers an error, dies or hangs.
             CheckError: If the answer is not in the form of llama-server's stream.
         """
-        body = {
-            "prompt": list(prompt),
-            "n_predict": generate,
-            "ignore_eos": True,
-            "temperature": 0,
-            "seed": 1,
-            "cache_prompt": False,
-            "id_slot": 0,
-            "stream": True,
-        }
-        content = json.dumps(body).encode()
+        return self._read(self._send(_content(prompt, generate, slot), what), what)
+
+    def complete_together(
+        self, requests: Sequence[tuple[Sequence[int], int, str]]
+    ) -> tuple[list[Reply], float]:
+        """Send completions at once, the first to slot 0 and so on, and time them.
+
+        Each has a thread and a connection of its own, and all wait for the last one to be ready.
+
+        Args:
+            requests: What :meth:`complete` takes: prompt, tokens to generate, name.
+
+        Returns:
+            The replies in the order of the requests, and the milliseconds from the first request
+            sent to the last byte of the last answer.
+
+        Raises:
+            ServerError: If the server answers an error, dies or hangs; of several errors one that
+                says that it died or hangs.
+            CheckError: If an answer is not in the form of llama-server's stream.
+        """
+        names = [what for _, _, what in requests]
+        contents = [
+            _content(prompt, generate, slot) for slot, (prompt, generate, _) in enumerate(requests)
+        ]
+        if len(requests) == 1:
+            # As a request alone is timed, without a thread that has to wake up.
+            heard = [self._send(contents[0], names[0])]
+        else:
+            heard = self._send_together(contents, names)
+        wall = max(one.ended for one in heard) - min(one.started for one in heard)
+        replies = [self._read(one, what) for one, what in zip(heard, names, strict=True)]
+        return replies, wall * 1e3
+
+    def _send_together(self, contents: Sequence[bytes], names: Sequence[str]) -> list[_Heard]:
+        barrier = threading.Barrier(len(contents), timeout=_CONNECT)
+        heard: dict[int, _Heard] = {}
+        errors: list[Exception] = []
+
+        def send(index: int) -> None:
+            try:
+                barrier.wait()
+                heard[index] = self._send(contents[index], names[index])
+            except Exception as error:  # noqa: BLE001 - it is raised by the one who waits
+                errors.append(error)
+
+        # Daemons, so that a run that is interrupted need not wait for a server that hangs.
+        threads = [
+            threading.Thread(target=send, args=(index,), name=f"slot {index}", daemon=True)
+            for index in range(len(contents))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            # What says most of the server: one that hangs must not be asked again.
+            kinds = ("timeout", "crashed")
+            raise min(errors, key=lambda error: getattr(error, "kind", "") not in kinds)
+        return [heard[index] for index in range(len(contents))]
+
+    def _send(self, content: bytes, what: str) -> _Heard:
+        """Send a completion and store its answer. Nothing is parsed: others may be timed."""
         arrived: list[tuple[float, bytes]] = []
         clock = time.perf_counter
         try:
@@ -207,10 +271,14 @@ class Client:
             ended = clock()
         except httpx.HTTPError as error:
             raise self._broken(error, what, partial=len(arrived)) from error
-        if response.status_code != httpx.codes.OK:
-            body_text = b"".join(chunk for _, chunk in arrived).decode(errors="replace")
-            raise _refused(response.status_code, body_text, what)
-        return _read_stream(arrived, started, ended, what)
+        return _Heard(arrived, started, ended, response.status_code)
+
+    @staticmethod
+    def _read(heard: _Heard, what: str) -> Reply:
+        if heard.status != httpx.codes.OK:
+            text = b"".join(chunk for _, chunk in heard.arrived).decode(errors="replace")
+            raise _refused(heard.status, text, what)
+        return _read_stream(heard.arrived, heard.started, heard.ended, what)
 
     def _broken(self, error: httpx.HTTPError, what: str, partial: int = 0) -> ServerError:
         after = f" after {partial} parts of the answer" if partial else ""
@@ -223,6 +291,21 @@ class Client:
             return ServerError(f"{what}: the server died{after}: {died}", kind="crashed")
         shown = str(error) or type(error).__name__
         return ServerError(f"{what}: the connection broke{after}: {shown}", kind="http")
+
+
+def _content(prompt: Sequence[int], generate: int, slot: int) -> bytes:
+    """Return the body of a cold, greedy completion of fixed length."""
+    body = {
+        "prompt": list(prompt),
+        "n_predict": generate,
+        "ignore_eos": True,
+        "temperature": 0,
+        "seed": 1,
+        "cache_prompt": False,
+        "id_slot": slot,
+        "stream": True,
+    }
+    return json.dumps(body).encode()
 
 
 def _refused(status: int, text: str, what: str) -> ServerError:

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_llmperf.models.synth import make_model
 from pytest_llmperf.models.text import text
-from pytest_llmperf.plan.model import QUANTS, SynthSpec
+from pytest_llmperf.plan.model import BLOCK_QUANTS, QUANTS, PresetSpec, SynthSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,3 +196,18 @@ def test_every_quant_is_served(quant: str, tmp_path: Path) -> None:
         answer = ask(client, "/completion", **fixed(prompt, 16), n_probs=1)
         assert answer["tokens_predicted"] == 16
         assert all(-10 < token["logprob"] < 0 for token in answer["completion_probabilities"])
+
+
+@pytest.mark.parametrize("quant", BLOCK_QUANTS)
+@pytest.mark.parametrize("preset", ["llama-10m", "qwen3-moe-tiny"])
+def test_presets_are_served(preset: str, quant: str, tmp_path: Path) -> None:
+    """Each type of blocks loads, dense and as experts, and generates words, not NaN."""
+    pytest.importorskip("gguf")
+    model = make_model(PresetSpec(preset, quant=quant), tmp_path)
+    with serve(embedded(model), tmp_path / "log") as client:
+        prompt = ask(client, "/tokenize", content=text()[:200])["tokens"]
+        answer = ask(client, "/completion", **fixed(prompt, 32), n_probs=1)
+        assert answer["tokens_predicted"] == 32
+        assert all(-10 < token["logprob"] < 0 for token in answer["completion_probabilities"])
+        assert "\N{REPLACEMENT CHARACTER}" not in answer["content"]
+        assert len(set(answer["content"].split())) > 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import cast
 
 import pytest
@@ -506,6 +507,71 @@ def test_a_deterministic_value_takes_one_block() -> None:
     assert canned.blocks == 1
 
 
+DRAFTS = stored({CASE.key: {"draft_acceptance": entry("draft_acceptance", lambda _: [60.0], 60.0)}})
+
+
+@pytest.mark.parametrize(
+    ("share", "outcome"),
+    [
+        (60.0, Outcome.PASS),
+        (59.1, Outcome.PASS),
+        (58.0, Outcome.REGRESSION),
+        (62.0, Outcome.IMPROVED),
+    ],
+)
+def test_acceptance_of_drafts_takes_one_launch_or_block(share: float, outcome: Outcome) -> None:
+    """Of a workload, compared exactly, within one point."""
+    now = Canned("draft_acceptance", lambda _: [share, share])
+    verdict = ask(now, DRAFTS)
+    assert (verdict.outcome, verdict.mode, now.launches) == (outcome, "exact", 1)
+    now = Canned("draft_acceptance", lambda _: [share, share], base=lambda _: [60.0, 60.0])
+    verdict = ask(now, SideBySide())
+    assert (verdict.outcome, verdict.mode, now.blocks) == (outcome, "exact", 1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "outcome"),
+    [
+        ([60.0, 59.5, 60.5], Outcome.PASS),
+        ([40.0, 45.0, 30.0], Outcome.REGRESSION),
+        ([80.0, 70.0, 90.0], Outcome.IMPROVED),
+        ([60.0, 60.0, 50.0], Outcome.INCONCLUSIVE),
+        ([60.0, 50.0, 50.0], Outcome.INCONCLUSIVE),
+        ([60.0, 70.0], Outcome.INCONCLUSIVE),
+    ],
+)
+@pytest.mark.parametrize("comparison", [DRAFTS, SideBySide()])
+def test_samples_that_should_be_equal_and_are_not(
+    comparison: Comparison, samples: list[float], outcome: Outcome
+) -> None:
+    """The verdict stands where each of them says the same, and tells that they differ."""
+    canned = Canned("draft_acceptance", lambda _: samples, base=lambda _: [60.0, 60.0])
+    verdict = ask(canned, comparison)
+    assert verdict.outcome is outcome
+    assert verdict.mode == ("none" if outcome is Outcome.INCONCLUSIVE else "exact")
+    assert f"{min(samples):.4g} to {max(samples):.4g} in the build under test" in verdict.reason
+    assert (verdict.base, verdict.new) == (60.0, median(samples))
+
+
+@pytest.mark.parametrize(
+    ("samples", "outcome"),
+    [
+        ([55.0, 45.4, 55.9], Outcome.PASS),
+        ([45.0, 55.0, 45.0], Outcome.INCONCLUSIVE),
+        ([55.0, 45.0], Outcome.INCONCLUSIVE),
+        ([30.0, 31.0, 30.0], Outcome.REGRESSION),
+    ],
+)
+def test_a_server_that_remembers_is_compared_in_step(
+    samples: list[float], outcome: Outcome
+) -> None:
+    """Samples that differ in the same order on both sides are no difference of the builds."""
+    canned = Canned("draft_acceptance", lambda _: samples, base=lambda _: [55.0, 45.0, 55.0])
+    assert ask(canned, SideBySide()).outcome is outcome
+    entries = {"draft_acceptance": entry("draft_acceptance", canned.base, 55.0)}
+    assert ask(canned, stored({CASE.key: entries})).outcome is outcome
+
+
 def test_memory_is_judged_side_by_side() -> None:
     """One value a start; within the metric's slack it passes."""
     canned = Canned("rss_mib", new=lambda _: [102.0], base=lambda _: [100.0], workload=LAUNCH)
@@ -559,6 +625,15 @@ def test_a_metric_that_was_not_measured_is_an_error(
     assert verdict.outcome is Outcome.ERROR
     assert f"{metric} was not measured on b2: " in verdict.reason
     assert hint in verdict.reason
+
+
+@pytest.mark.parametrize("comparison", [Record(), SideBySide()])
+def test_a_server_that_drafts_nothing_is_an_error(comparison: Comparison) -> None:
+    """Drafting that was switched off, or never on, does not pass."""
+    canned = Canned("draft_acceptance", new=lambda _: [], base=lambda _: [60.0])
+    verdict = ask(canned, comparison)
+    assert verdict.outcome is Outcome.ERROR
+    assert "was not measured on b2: the server drafted nothing: does the config" in verdict.reason
 
 
 def test_a_timing_without_a_workload_is_an_error() -> None:

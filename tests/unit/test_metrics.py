@@ -24,6 +24,8 @@ def test_the_metrics_of_the_design_are_there() -> None:
         "rss_mib",
         "vram_mib",
         "n_ctx",
+        "aggregate_tps",
+        "draft_acceptance",
         "ppl",
         "kld_mean",
         "kld_p999",
@@ -37,7 +39,7 @@ def test_a_metric_is_consistent(metric: Metric) -> None:
     scopes = {
         "timing": {"request", "launch"},
         "memory": {"launch"},
-        "exact": {"launch"},
+        "exact": {"launch", "request"},
         "quality": {"quality"},
     }
     assert metric.scope in scopes[metric.kind]

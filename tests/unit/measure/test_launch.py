@@ -12,11 +12,18 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fakes import fake_server
+from support.fakes import Journal, fake_server
 
 from pytest_llmperf.errors import CheckError
 from pytest_llmperf.measure import launch as module
-from pytest_llmperf.measure.launch import Session, check, process_tree, rss_mib, timings
+from pytest_llmperf.measure.launch import (
+    Session,
+    check,
+    measured,
+    process_tree,
+    rss_mib,
+    timings,
+)
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
 from pytest_llmperf.serve.client import Reply
 
@@ -158,6 +165,55 @@ def test_a_repeated_turn_changes_no_mean(replies: list[Reply]) -> None:
     assert twice == pytest.approx(once)
 
 
+def test_a_request_alone_is_measured_as_one_of_one() -> None:
+    """All as without others, and 21 tokens in 265 ms, prompt included."""
+    found = measured([GOOD], 1, GOOD.e2e_ms)
+    assert found.pop("aggregate_tps") == pytest.approx(1e3 * 21 / 265)
+    assert found == timings([GOOD])
+
+
+@given(st.integers(1, 8))
+def test_equal_parallel_requests_are_as_one(parallel: int) -> None:
+    """The metrics of one among others are means; what all got together is a multiple."""
+    alone = measured([GOOD], 1, 300.0)
+    together = measured([GOOD] * parallel, parallel, 300.0)
+    assert together.pop("aggregate_tps") == pytest.approx(parallel * alone.pop("aggregate_tps"))
+    assert together == pytest.approx(alone)
+
+
+def test_a_request_that_starves_shows() -> None:
+    """One of two that decodes at a tenth of the speed takes ten of eleven parts of the time."""
+    starved = replace(GOOD, predicted_ms=2000.0, ttft_ms=600.0, last_ms=2600.0, e2e_ms=2650.0)
+    found = measured([GOOD, starved], 2, 2650.0)
+    assert found == pytest.approx(
+        {
+            "decode_tps": 1e3 * 40 / 2200,
+            "prefill_tps": 2000.0,
+            "ttft_ms": 330.0,
+            "itl_ms": 2200 / 40,
+            "e2e_ms": (265 + 2650) / 2,
+            "aggregate_tps": 1e3 * 42 / 2650,
+        }
+    )
+
+
+def test_accepted_drafts_are_a_share_of_all() -> None:
+    """Over all requests, in percent; a request that drafted nothing does not count."""
+    replies = [
+        replace(GOOD, draft_n=30, draft_accepted_n=27),
+        GOOD,
+        replace(GOOD, draft_n=10, draft_accepted_n=0),
+    ]
+    assert measured(replies, 1, 900.0)["draft_acceptance"] == 100 * 27 / 40
+
+
+@pytest.mark.parametrize("drafted", [None, 0])
+def test_a_server_that_drafts_nothing_has_no_acceptance(drafted: int | None) -> None:
+    """0 of 0 is no share: nothing is recorded, rather than 0 %."""
+    replies = [replace(GOOD, draft_n=drafted, draft_accepted_n=drafted)]
+    assert "draft_acceptance" not in measured(replies, 1, 265.0)
+
+
 def test_a_fresh_server_is_settled_and_looked_at(tmp_path: Path) -> None:
     """Load time, sizes of the log, context and memory of the start are there before any sample."""
     with fake_server(tmp_path) as server:
@@ -225,6 +281,76 @@ def test_a_workload_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckError, match="long needs 1025 tokens of context, config one has"):
             session.sample(long)
         assert session.launch.requests == 0
+
+
+def test_parallel_requests_are_one_sample(tmp_path: Path) -> None:
+    """Each round goes to as many slots; what all did is one value a metric."""
+    crowd = Workload("crowd", (Turn(20, 4), Turn(10, 4)), parallel=3)
+    with fake_server(tmp_path) as server:
+        server.props = {**server.props, "total_slots": 3}
+        session = Session(server, list(range(200)))
+        session.warm_up(crowd)
+        session.sample(crowd)
+        taken = session.launch.samples["crowd"]
+        assert {len(values) for values in taken.values()} == {1}
+        assert taken["decode_tps"] == pytest.approx([750.0])
+        assert taken["aggregate_tps"][0] > 0
+        assert session.launch.requests == 12
+    asked = Journal(tmp_path / "journal").entries("completion")
+    assert [entry["prompt"] for entry in asked] == [20, 20, 20, 34, 34, 34] * 2
+    slots = [entry["slot"] for entry in asked]
+    assert [sorted(slots[at : at + 3]) for at in (0, 3, 6, 9)] == [[0, 1, 2]] * 4
+
+
+def test_one_answer_among_parallel_ones_that_must_not_be_counted_is_refused(
+    tmp_path: Path,
+) -> None:
+    """The error names it; the sample is none."""
+    crowd = Workload("crowd", (Turn(40, 8),), parallel=2)
+    with fake_server(tmp_path, "cached@2") as server:
+        server.props = {**server.props, "total_slots": 2}
+        session = Session(server, list(range(100)))
+        with pytest.raises(CheckError, match=r"request [12] of 2 .* 5 prompt tokens came from a"):
+            session.sample(crowd)
+        assert session.launch.samples["crowd"] == {}
+
+
+@pytest.mark.parametrize("props", [{}, {"total_slots": 1}])
+def test_too_few_slots_are_refused(tmp_path: Path, props: Mapping[str, int]) -> None:
+    """By what the server says, or else by its options: one unless the config says otherwise."""
+    crowd = Workload("crowd", (Turn(8, 4),), parallel=2)
+    with fake_server(tmp_path) as server:
+        server.props = {**server.props, **props}
+        session = Session(server, list(range(100)))
+        with pytest.raises(
+            CheckError,
+            match=r"^workload crowd sends 2 requests at once, config one has slots for 1: set "
+            "parallel = 2 in its options",
+        ):
+            session.sample(crowd)
+        assert session.launch.requests == 0
+
+
+@pytest.mark.parametrize(("asked", "slots"), [(4, 4), (-1, 0)])
+def test_slots_are_those_of_the_config_where_the_server_says_nothing(
+    tmp_path: Path, asked: int, slots: int
+) -> None:
+    """A number that is left to the server is not known."""
+    with fake_server(tmp_path) as server:
+        server.config = replace(server.config, options={"parallel": asked})
+        assert Session(server, list(range(100))).slots() == slots
+
+
+def test_slots_that_share_a_context_need_room_for_all(tmp_path: Path) -> None:
+    """With ``kv-unified`` the context that the server tells is that of all slots together."""
+    crowd = Workload("crowd", (Turn(300, 100),), parallel=3)
+    with fake_server(tmp_path) as server:
+        server.config = replace(server.config, options={"parallel": 3, "kv-unified": True})
+        session = Session(server, list(range(600)))
+        with pytest.raises(CheckError, match="crowd needs 1200 tokens of context, config one has"):
+            session.sample(crowd)
+        server.config = replace(server.config, options={"parallel": 3})
+        assert len(session.script(crowd).requests) == 3
 
 
 def test_a_small_context_gets_a_small_probe(tmp_path: Path) -> None:

@@ -81,6 +81,45 @@ def test_other_lengths_have_another_digest(other: Workload) -> None:
     assert write_script(other, tokens).digest != write_script(talk((3, 4)), tokens).digest
 
 
+@given(TURNS, TOKENS, st.integers(1, 6))
+def test_parallel_conversations_have_the_same_lengths(
+    turns: list[Turn], tokens: list[int], parallel: int
+) -> None:
+    """Each round holds one request a conversation; each conversation is cut as one alone."""
+    workload = Workload("w", tuple(turns), parallel=min(parallel, len(tokens)))
+    script = write_script(workload, tokens)
+    assert [len(at_once) for at_once in script.rounds] == [workload.parallel] * len(turns)
+    assert tuple(request for at_once in script.rounds for request in at_once) == script.requests
+    for index in range(workload.parallel):
+        start = index * len(tokens) // workload.parallel
+        rest = [*tokens[start:], *tokens[:start]]
+        alone = write_script(replace(workload, parallel=1), rest)
+        assert tuple(at_once[index] for at_once in script.rounds) == alone.requests
+
+
+def test_parallel_conversations_share_nothing() -> None:
+    """Four prompts from a text without repetition have no token in common."""
+    script = write_script(Workload("w", (Turn(20, 4), Turn(5, 4)), parallel=4), list(range(200)))
+    for at_once in script.rounds:
+        sent = [token for request in at_once for token in request.prompt]
+        assert len(sent) == len({*sent})
+
+
+def test_parallel_conversations_have_a_digest_of_their_own() -> None:
+    """What the others are asked counts as well."""
+    alone = Workload("w", (Turn(20, 4),))
+    tokens = list(range(200))
+    digests = {write_script(replace(alone, parallel=n), tokens).digest for n in (1, 2, 3)}
+    assert len(digests) == 3
+
+
+def test_more_conversations_than_tokens_are_refused() -> None:
+    """They could not all be different; the error says what to change."""
+    crowd = Workload("crowd", (Turn(2, 2),), parallel=4)
+    with pytest.raises(CheckError, match=r"^workload crowd needs 4 different prompts, .* 3 tokens"):
+        write_script(crowd, [1, 2, 3])
+
+
 def test_without_tokens_there_is_nothing_to_send() -> None:
     """A tokenizer that makes nothing of the text is an error, not an empty prompt."""
     with pytest.raises(CheckError, match="no tokens of the shipped text"):

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_llmperf.errors import ModelError
 from pytest_llmperf.models.locate import check_sha256, locate, parts, sha256
-from pytest_llmperf.plan.model import Model, SynthSpec
+from pytest_llmperf.plan.model import Model, PresetSpec, SynthSpec
 
 GGUF = b"GGUF and so on"
 
@@ -159,6 +159,15 @@ def test_a_shape_is_made_in_the_cache(tmp_path: Path) -> None:
     spec = SynthSpec(layers=1, embedding=64, heads=2, kv_heads=1, feed_forward=64, vocab=512)
     path = locate(Model("made", synth=spec), [], tmp_path)
     assert path.parent == tmp_path / "models"
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_preset_is_made_in_the_cache(tmp_path: Path) -> None:
+    """As a shape is, under its own name."""
+    pytest.importorskip("gguf")
+    spec = PresetSpec("qwen3-moe-tiny", layers=1, vocab=600)
+    path = locate(Model("made", synth=spec), [], tmp_path)
+    assert path == tmp_path / "models" / f"qwen3-moe-tiny-Q4_K-{spec.digest()}.gguf"
     assert path.read_bytes()[:4] == b"GGUF"
 
 

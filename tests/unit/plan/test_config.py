@@ -92,6 +92,16 @@ def test_digests_are_equal_exactly_when_the_lengths_are(one: list[Turn], other: 
 def test_a_digest_is_short_and_stays_the_same() -> None:
     """It is part of every baseline: a change would make all of them incomparable."""
     assert Workload("short", (Turn(64, 64),)).digest() == "e9f555ddd3b85996"
+    assert Workload("short", (Turn(64, 64),), parallel=1).digest() == "e9f555ddd3b85996"
+
+
+@given(TURNS, st.integers(1, 64), st.integers(1, 64))
+def test_requests_at_once_are_part_of_the_digest(turns: list[Turn], one: int, other: int) -> None:
+    """Four users at once and eight are not comparable, whatever the lengths."""
+    left = Workload("a", tuple(turns), parallel=one)
+    right = Workload("a", tuple(turns), parallel=other)
+    assert (left.digest() == right.digest()) is (one == other)
+    assert left.tokens == right.tokens
 
 
 @pytest.mark.parametrize("value", [CONFIG, WORKLOAD, PASS, Turn(1, 2), BuildEntry("b", "embedded")])

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from pytest_llmperf.errors import PlanError
-from pytest_llmperf.plan.model import QUANTS, WEIGHT_TYPES, Model, SynthSpec
+from pytest_llmperf.plan.model import (
+    BLOCK_QUANTS,
+    PRESETS,
+    QUANTS,
+    WEIGHT_TYPES,
+    Model,
+    PresetSpec,
+    SynthSpec,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,57 @@ def test_a_digest_is_fit_for_a_file_name() -> None:
     digest = SynthSpec().digest()
     assert len(digest) == 12
     assert set(digest) <= set("0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"preset": "llama-1B"},
+            r"no preset `llama-1B` \(nearest: llama-1b\): there are llama-10m, ",
+        ),
+        ({"quant": "Q4_K_M"}, r"one of F16, .*, Q4_0, not 'Q4_K_M' \(nearest: Q4_K\)"),
+        ({"quant": "F32"}, "`quant` of a preset must be one of F16, Q8_0"),
+        ({"layers": 0}, "`layers` must be a whole number of at least 1, not 0"),
+        ({"vocab": 300}, "`vocab` must be a whole number of at least 512, not 300"),
+        ({"seed": -1}, "`seed` must be a whole number of at least 0, not -1"),
+        ({"context": True}, "`context` must be a whole number of at least 1, not True"),
+    ],
+)
+def test_a_preset_that_cannot_be_made_is_refused(fields: dict[str, Any], message: str) -> None:
+    """With what there is instead."""
+    with pytest.raises(PlanError, match=message):
+        PresetSpec(**{"preset": "llama-1b", **fields})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("quant", BLOCK_QUANTS)
+def test_every_preset_takes_every_quant(preset: str, quant: str) -> None:
+    """And keeps the shape of its name."""
+    assert PresetSpec(preset, quant).shape == PRESETS[preset]
+
+
+def test_a_preset_can_be_made_smaller() -> None:
+    """Layers and vocabulary are set apart from the rest of the shape."""
+    shape = PresetSpec("llama-8b", layers=2, vocab=1000).shape
+    assert shape == dataclasses.replace(PRESETS["llama-8b"], layers=2, vocab=1000)
+
+
+def test_each_field_of_a_preset_changes_the_digest() -> None:
+    """No two contents share a file, and one content has one name."""
+    plain = PresetSpec("llama-1b")
+    changed = {
+        "preset": "llama-3b",
+        "quant": "Q8_0",
+        "seed": 2,
+        "layers": 2,
+        "vocab": 1000,
+        "context": 64,
+    }
+    assert set(changed) == {field.name for field in dataclasses.fields(PresetSpec)}
+    digests = {dataclasses.replace(plain, **{k: v}).digest() for k, v in changed.items()}  # type: ignore[arg-type]
+    assert len(digests | {plain.digest()}) == len(changed) + 1
+    assert PresetSpec("llama-1b", layers=16).digest() == plain.digest()
 
 
 def test_a_model_needs_a_file_a_shape_or_a_source() -> None:

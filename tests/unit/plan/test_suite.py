@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.plan.config import BuildEntry, Case, CorpusPass, Turn, Workload
-from pytest_llmperf.plan.model import Model, SynthSpec
+from pytest_llmperf.plan.model import Model, PresetSpec, SynthSpec
 from pytest_llmperf.plan.options import from_flag
 from pytest_llmperf.plan.suite import Suite, load_suite
 
@@ -114,6 +114,21 @@ ttft_ms = 0
     assert (config.help, config.reference) == ("small", "nobody")
     assert suite.workloads == {"two": Workload("two", (Turn(8, 4), Turn(2, 2)), "two turns")}
     assert suite.tolerances == {"ttft_ms": 0.0}
+
+
+def test_a_preset_is_read(tmp_path: Path) -> None:
+    """``synth`` takes the name of a shape instead of its numbers."""
+    suite = load(
+        tmp_path, '[models.big]\nsynth = { preset = "llama-1b", quant = "Q8_0", layers = 2 }\n'
+    )
+    assert suite.models["big"].synth == PresetSpec("llama-1b", quant="Q8_0", layers=2)
+
+
+def test_requests_at_once_are_read(tmp_path: Path) -> None:
+    """``parallel`` of a workload is how many are sent at once; one by one without it."""
+    turns = "turns = [{ prompt = 8, generate = 4 }]\n"
+    suite = load(tmp_path, f"[workloads.a]\n{turns}[workloads.b]\n{turns}parallel = 4\n")
+    assert (suite.workloads["a"].parallel, suite.workloads["b"].parallel) == (1, 4)
 
 
 def test_a_pass_is_read(tmp_path: Path) -> None:
@@ -453,6 +468,12 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
         ("[models.m.synth]\nseed = true\n", "2: `seed` must be a whole number, not True"),
         ("[models.m.synth]\nquant = 8\n", "2: `quant` must be a string, not 8"),
         ("[models.m]\nsynth = { layers = 0 }\n", "1: `layers` must be a whole number of at least"),
+        ("[models.m]\nsynth = { preset = 'llama' }\n", "1: no preset `llama` (nearest: llama-"),
+        ("[models.m.synth]\npreset = 1\n", "2: `preset` must be a string, not 1"),
+        (
+            "[models.m.synth]\npreset = 'llama-1b'\nheads = 4\n",
+            "3: unknown key `heads` in [models.m.synth]",
+        ),
         # builds
         ("[builds.b]\nsrc = 'x'\n", "2: unknown key `src` in [builds.b]"),
         ("[builds.b]\nhelp = 'x'\n", '1: lacks `source`, such as source = "pypi:xllamacpp=='),
@@ -498,6 +519,18 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
         ),
         (WORKLOAD + "[{ prompt = true, generate = 2 }]\n", "2: `prompt` of a turn must be a whole"),
         (WORKLOAD + "[{ prompt = 1, generate = 2.0 }]\n", "2: `generate` of a turn must be a"),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2 }]\nparallel = 0\n",
+            "3: `parallel` must be a whole number of requests, at least 1, not 0",
+        ),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2 }]\nparallel = true\n",
+            "3: `parallel` must be a whole number of requests, at least 1, not True",
+        ),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2 }]\nparallel = 2.5\n",
+            "3: `parallel` must be a whole number of requests, at least 1, not 2.5",
+        ),
         (
             "[workloads.launch]\nturns = [{ prompt = 1, generate = 2 }]\n",
             "1: `launch` is taken: it stands for what a start alone shows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fakes import PATIENCE, fake_server
+from support.fakes import PATIENCE, Journal, fake_server
 
 from pytest_llmperf.errors import CheckError, ServerError
 from pytest_llmperf.serve.client import Client, Reply, _read_stream, _refused
@@ -192,6 +193,44 @@ def test_requests_are_answered(tmp_path: Path) -> None:
         reply = client.complete([1, 2, 3], 4, "the request")
     assert (reply.prompt_n, reply.predicted_n, reply.stop_type) == (3, 4, "limit")
     assert 0 < reply.ttft_ms <= reply.last_ms <= reply.e2e_ms
+
+
+def test_requests_at_once_are_answered_in_their_order(tmp_path: Path) -> None:
+    """Each has a slot of its own; the time is that of all together."""
+    requests = [([1] * n, n, f"request {n}") for n in (5, 6, 7)]
+    with fake_server(tmp_path) as server:
+        replies, wall_ms = server.client.complete_together(requests)
+    assert [(reply.prompt_n, reply.predicted_n) for reply in replies] == [(5, 5), (6, 6), (7, 7)]
+    assert wall_ms >= max(reply.e2e_ms for reply in replies)
+    asked = Journal(tmp_path / "journal").entries("completion")
+    assert {entry["prompt"]: entry["slot"] for entry in asked} == {5: 0, 6: 1, 7: 2}
+
+
+def test_a_request_alone_takes_as_long_as_itself(tmp_path: Path) -> None:
+    """One at once is one by itself, in slot 0."""
+    with fake_server(tmp_path) as server:
+        replies, wall_ms = server.client.complete_together([([1, 2], 3, "the request")])
+        server.client.complete([1, 2], 3, "another", slot=4)
+    assert wall_ms == pytest.approx(replies[0].e2e_ms)
+    asked = Journal(tmp_path / "journal").entries("completion")
+    assert [entry["slot"] for entry in asked] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("http500#6", "^request 6: HTTP 500: Failed to parse input"),
+        ("no-timings#6", "^request 6: the answer holds no `timings`"),
+        ("crash#6", "^request [567]: the server died"),
+    ],
+)
+def test_one_of_several_that_fails_fails_them_all(tmp_path: Path, fault: str, message: str) -> None:
+    """The error names the request; nothing is left running."""
+    requests = [([1] * n, 4, f"request {n}") for n in (5, 6, 7)]
+    with fake_server(tmp_path, fault) as server:
+        with pytest.raises((CheckError, ServerError), match=message):
+            server.client.complete_together(requests)
+        assert not [one for one in threading.enumerate() if one.name.startswith("slot ")]
 
 
 @pytest.mark.parametrize(
