@@ -119,6 +119,9 @@ METRICS: dict[str, Metric] = {
     )
 }
 
+FEWEST_CHUNKS = 4
+"""Fewest chunks of a text that say anything of how chunks differ."""
+
 PUBLISHED_ONLY = ("kld_max",)
 """Metrics that nothing here measures: one token decides them."""
 

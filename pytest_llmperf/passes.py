@@ -34,8 +34,9 @@ from pytest_llmperf.errors import BaselineError, LlmperfError, ModelError, RunEr
 from pytest_llmperf.files import expanded
 from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measuring import measuring
+from pytest_llmperf.metrics import FEWEST_CHUNKS
 from pytest_llmperf.models.locate import parts, sha256
-from pytest_llmperf.plan.config import Case, Config, CorpusPass
+from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
 from pytest_llmperf.quality.compare import compare_passes
 from pytest_llmperf.quality.divergence import TokenDivergences, compare
 from pytest_llmperf.quality.logits import LogitsReader
@@ -55,8 +56,6 @@ _T = TypeVar("_T")
 PROTOCOL = 1
 """Raised when the way of passing changes so that older results no longer compare."""
 
-SUFFIX = ".kldref"
-
 _MIB = 1024 * 1024
 # Weights, then the KV cache and buffers of a context of a few thousand tokens.
 _OVERHEAD = 1.1
@@ -69,7 +68,6 @@ _SPARE_DISK_MIB = 64.0
 _TOKEN_BYTES = 2
 # Given by the pass, whatever a config says of them.
 _PINNED = ("ctx-size", "batch-size", "ubatch-size", "parallel", "chunks")
-_FEWEST_CHUNKS = 4
 # All of a small vocabulary; of a large one, what leaves a tail of next to nothing.
 _ALL_LISTED = 8192
 
@@ -302,7 +300,7 @@ class Passes:
     def _own(self, build: Build, config: Config, one: CorpusPass) -> Passed:
         """Record a config's own answers as a reference of the run folder."""
         name = re.sub(r"[^\w.+-]", "_", f"{build.label}-{config.name}-{one.name}")
-        path = self.serve.folder / f"{name}{SUFFIX}"
+        path = self.serve.folder / f"{name}{REFERENCE_SUFFIX}"
         with self._passing(config, f"{build.label} {one.name}, recording a reference"):
             side = self._side(build, config, one)
             found, reference = self._record(side, one, path)
@@ -321,7 +319,7 @@ class Passes:
             sorted(map(str, {**config.options, **build.options}.items())),
         ]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        path = self.cache / "references" / f"{config.name}-{one.name}-{digest}{SUFFIX}"
+        path = self.cache / "references" / f"{config.name}-{one.name}-{digest}{REFERENCE_SUFFIX}"
         if not self._usable(path):
             with self._passing(config, f"{build.label} {one.name}, recording a reference"):
                 # Another run may have made it while this one waited.
@@ -361,7 +359,7 @@ class Passes:
 
         def consume(stream: BinaryIO) -> None:
             candidate = LogitsReader(stream, f"the log-probabilities of {build.label}")
-            if reference.suffix != SUFFIX:
+            if reference.suffix != REFERENCE_SUFFIX:
                 with _opened(reference) as file:
                     made.append(compare(LogitsReader(file, str(reference)), candidate))
                 return
@@ -480,9 +478,9 @@ def _passed(
     tokens: TokenDivergences,
     reference: Path | None = None,
 ) -> Passed:
-    if tokens.n_chunk < _FEWEST_CHUNKS:
+    if tokens.n_chunk < FEWEST_CHUNKS:
         raise RunError(
-            f"the text makes {tokens.n_chunk} chunks, and fewer than {_FEWEST_CHUNKS} tell nothing "
+            f"the text makes {tokens.n_chunk} chunks, and fewer than {FEWEST_CHUNKS} tell nothing "
             "of how chunks differ: take a longer text or a shorter `context`"
         )
     return Passed(

@@ -70,7 +70,7 @@ from pytest_llmperf.judge.chunks import (
 from pytest_llmperf.judge.decide import failed
 from pytest_llmperf.judge.statistics import Array, Estimate, student_t_ppf
 from pytest_llmperf.judge.verdict import Outcome, Verdict
-from pytest_llmperf.metrics import Metric
+from pytest_llmperf.metrics import FEWEST_CHUNKS, Metric
 
 __all__ = [
     "ALPHA",
@@ -90,9 +90,6 @@ ALPHA = 0.01
 
 REGRESSION_ALPHA = 0.001
 """Chance at most that a REGRESSION is wrong, and likewise IMPROVED."""
-
-FEWEST_CHUNKS = 4
-"""Fewest chunks that say anything of how chunks differ."""
 
 RESAMPLES = 2000
 """Passes drawn for a percentile: twenty of them lie beyond each bound."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pytest_llmperf.errors import BaselineError
 from pytest_llmperf.files import replacing
+from pytest_llmperf.plan.config import REFERENCE_SUFFIX
 
-SUFFIX = ".kldref"
 _SHOWN = 12
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
@@ -45,7 +45,9 @@ def find_reference(baseline: Path, digest: str) -> Path | None:
     """Return the reference of this digest beside a baseline file, None if there is none."""
     if not _DIGEST.fullmatch(digest):
         return None
-    return next(iter(sorted(folder_of(baseline).glob(f"*-{digest[:_SHOWN]}{SUFFIX}"))), None)
+    return next(
+        iter(sorted(folder_of(baseline).glob(f"*-{digest[:_SHOWN]}{REFERENCE_SUFFIX}"))), None
+    )
 
 
 def keep_reference(baseline: Path, case: str, kept: Kept) -> Path:
@@ -64,7 +66,7 @@ def keep_reference(baseline: Path, case: str, kept: Kept) -> Path:
     if (found := find_reference(baseline, kept.digest)) is not None and _is(found, kept.digest):
         return found
     name = re.sub(r"[^\w.+-]", "-", case)
-    path = found or folder_of(baseline) / f"{name}-{kept.digest[:_SHOWN]}{SUFFIX}"
+    path = found or folder_of(baseline) / f"{name}-{kept.digest[:_SHOWN]}{REFERENCE_SUFFIX}"
     try:
         with kept.source.open("rb") as original, replacing(path) as copy:
             shutil.copyfileobj(original, copy)
@@ -96,9 +98,11 @@ def drop_references(baseline: Path, named: Collection[str]) -> list[Path]:
     """
     short = {digest[:_SHOWN] for digest in named}
     folder = folder_of(baseline)
-    unnamed = [f for f in folder.glob(f"*{SUFFIX}") if f.stem.rpartition("-")[2] not in short]
+    unnamed = [
+        f for f in folder.glob(f"*{REFERENCE_SUFFIX}") if f.stem.rpartition("-")[2] not in short
+    ]
     gone = []
-    for file in sorted([*unnamed, *folder.glob(f".*{SUFFIX}.*.tmp")]):
+    for file in sorted([*unnamed, *folder.glob(f".*{REFERENCE_SUFFIX}.*.tmp")]):
         with contextlib.suppress(OSError):
             file.unlink()
             gone.append(file)

@@ -10,6 +10,9 @@ from typing import Literal
 
 from pytest_llmperf.plan.options import OptionValue
 
+REFERENCE_SUFFIX = ".kldref"
+"""End of the name of a compact reference."""
+
 LAUNCH = "launch"
 """Stands for the workload in the key of what one server start shows by itself."""
 

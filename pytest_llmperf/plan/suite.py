@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar, cast, get_args
 
 from pytest_llmperf.errors import PlanError, nearest
-from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, check_tolerance
+from pytest_llmperf.metrics import FEWEST_CHUNKS, METRICS, PUBLISHED_ONLY, check_tolerance
 from pytest_llmperf.plan.config import (
     LAUNCH,
+    REFERENCE_SUFFIX,
     BuildEntry,
     Case,
     Config,
@@ -34,10 +35,9 @@ _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ENDING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 _LEAST_CONTEXT = 32
-_LEAST_CHUNKS = 4
 _SIZES = ("context", "batch", "ubatch", "chunks")
 
-REFERENCE_SUFFIXES = (".kldref", ".kld")
+REFERENCE_SUFFIXES = (REFERENCE_SUFFIX, ".kld")
 """Ends of the names of recorded distributions: compact ones, and those of llama-perplexity."""
 _SECTIONS = ("models", "builds", "configs", "workloads", "passes", "tolerances")
 
@@ -336,7 +336,7 @@ class _Reader:
             if value is None:
                 continue
             # Fewer chunks tell nothing of how chunks differ.
-            least = _LEAST_CHUNKS if key == "chunks" else 1
+            least = FEWEST_CHUNKS if key == "chunks" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise self.fail(
                     f"`{key}` must be a whole number, at least {least}, not {value!r}", *where, key

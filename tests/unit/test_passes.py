@@ -18,8 +18,8 @@ from pytest_llmperf.errors import (
     PartialPassError,
     RunError,
 )
-from pytest_llmperf.passes import SUFFIX, Passes
-from pytest_llmperf.plan.config import Case, Config, CorpusPass
+from pytest_llmperf.passes import Passes
+from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
 from pytest_llmperf.quality.reference import Reference
 from pytest_llmperf.serve.launch import ServePlan
 
@@ -87,7 +87,7 @@ def test_two_builds_are_compared_as_they_write(run: Run) -> None:
     assert [len(values) for values in second.values.values()] == [CHUNKS] * 4
     assert second.tokens == SCORED
     assert second.reference is None
-    assert not list(run.folder.rglob(f"*{SUFFIX}"))
+    assert not list(run.folder.rglob(f"*{REFERENCE_SUFFIX}"))
 
 
 def test_two_that_do_not_fit_at_once_go_one_after_the_other(
@@ -203,7 +203,7 @@ def test_a_pass_that_breaks_off_is_partial_and_not_tried_again(run: Run) -> None
             passes.alone(Case(PLAIN, corpus_pass=ONE))
         assert (caught.value.planned, len(caught.value.running)) == (4, 2)
     assert run.passed() == 1
-    assert not list(run.folder.rglob(f"*{SUFFIX}"))
+    assert not list(run.folder.rglob(f"*{REFERENCE_SUFFIX}"))
 
 
 def test_without_a_tool_a_server_is_asked(run: Run) -> None:
@@ -307,7 +307,7 @@ def test_progress_says_whose_it_is(run: Run) -> None:
 
 def test_a_text_of_few_chunks_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """They tell nothing of how chunks differ, so nothing is recorded of them."""
-    monkeypatch.setattr("pytest_llmperf.passes._FEWEST_CHUNKS", 5)
+    monkeypatch.setattr("pytest_llmperf.passes.FEWEST_CHUNKS", 5)
     build = run.lab.build("b1", run.lab.stream("a", made_up()))
     with pytest.raises(RunError, match="the text makes 4 chunks, and fewer than 5 tell nothing"):
         run.passes(build).alone(Case(PLAIN, corpus_pass=ONE))

@@ -17,13 +17,13 @@ from support.fakes import eventually
 
 from pytest_llmperf.errors import BaselineError
 from pytest_llmperf.judge.references import (
-    SUFFIX,
     Kept,
     drop_references,
     find_reference,
     folder_of,
     keep_reference,
 )
+from pytest_llmperf.plan.config import REFERENCE_SUFFIX
 
 ONE = hashlib.sha256(b"distributions").hexdigest()[:16]
 TWO = "fedcba9876543210"
@@ -95,8 +95,8 @@ def test_any_case_makes_one_file_in_the_folder(baseline: Path, source: Path, cas
 def test_what_is_no_digest_finds_nothing(baseline: Path, source: Path, digest: str) -> None:
     """A baseline file may be written by hand, and must not lead to any file."""
     keep_reference(baseline, CASE, Kept(source, ONE))
-    (folder_of(baseline) / f"f16-wiki-{SUFFIX}").touch()
-    (baseline.parent / f"x{SUFFIX}").touch()
+    (folder_of(baseline) / f"f16-wiki-{REFERENCE_SUFFIX}").touch()
+    (baseline.parent / f"x{REFERENCE_SUFFIX}").touch()
     assert find_reference(baseline, digest) is None
 
 
@@ -109,7 +109,7 @@ def test_a_digest_is_hexadecimal_or_finds_nothing(
 ) -> None:
     """Its first twelve digits are in the name; who found it looks at the whole."""
     baseline = tmp_path_factory.getbasetemp() / "odd" / "m.json"
-    reference = folder_of(baseline) / f"f16-wiki-{ONE[:12]}{SUFFIX}"
+    reference = folder_of(baseline) / f"f16-wiki-{ONE[:12]}{REFERENCE_SUFFIX}"
     reference.parent.mkdir(parents=True, exist_ok=True)
     reference.touch()
     meant = digest.startswith(ONE[:12]) and set(digest) <= set("0123456789abcdef")
@@ -167,7 +167,7 @@ def test_a_copy_that_is_killed_leaves_no_reference(
     os.close(descriptor)
     assert child.returncode < 0
     assert find_reference(baseline, ONE) is None
-    assert not list(folder_of(baseline).glob(f"*{SUFFIX}"))
+    assert not list(folder_of(baseline).glob(f"*{REFERENCE_SUFFIX}"))
     assert len(drop_references(baseline, ())) == 1
     assert kept(baseline) == []
     assert keep_reference(baseline, CASE, Kept(source, ONE)).read_bytes() == b"distributions"
@@ -210,7 +210,7 @@ def test_what_is_no_digest_is_not_kept(baseline: Path, source: Path, digest: str
 
 def test_what_cannot_be_dropped_stays(baseline: Path) -> None:
     """It does no harm, and the baseline is written already."""
-    folder = folder_of(baseline) / f"f16-wiki-0123456789ab{SUFFIX}"
+    folder = folder_of(baseline) / f"f16-wiki-0123456789ab{REFERENCE_SUFFIX}"
     folder.mkdir(parents=True)
     assert drop_references(baseline, ()) == []
     assert folder.is_dir()
