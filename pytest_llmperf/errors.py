@@ -10,8 +10,10 @@
     │   └── BaselineError     a baseline that cannot be read or written
     └── RunError              the world did not do what was asked of it; fails the test
         ├── ServerError       a server that did not start, died, hung or answered an error
+        │   └── OutOfMemoryError  a server that ended because memory ran out
         ├── ToolError         a llama.cpp program that did not do its work
         │   └── PartialPassError  a pass over a corpus that broke off
+        ├── TooSlowError      a sample that took longer than its workload allows
         ├── UnmeasuredError   a metric that this build, config or machine does not show
         └── CheckError        an answer that must not be counted (cached, short, truncated)
 """
@@ -78,6 +80,21 @@ class ServerError(RunError):
         super().__init__(message)
 
 
+class OutOfMemoryError(ServerError):
+    """A server that ended because memory ran out: an outcome of its own, which can be recorded.
+
+    Args:
+        message: What happened, in full.
+        what: What ran out, in a few words: ``CUDA0 model buffer of 8984 MiB``.
+        log: The server's log file.
+        kind: ``start`` or ``crashed``.
+    """
+
+    def __init__(self, message: str, *, what: str, log: Path | None, kind: str) -> None:
+        self.what = what
+        super().__init__(message, log=log, kind=kind)
+
+
 class ToolError(RunError):
     """A program of llama.cpp, such as llama-perplexity, that did not do its work."""
 
@@ -95,6 +112,16 @@ class PartialPassError(ToolError):
         self.planned = planned
         self.running = running
         super().__init__(message)
+
+
+class TooSlowError(RunError):
+    """A sample that was given up, since it took longer than the `limit` of its workload.
+
+    Attributes:
+        kind: ``timeout``: what the server still does would disturb all that follows.
+    """
+
+    kind = "timeout"
 
 
 class UnmeasuredError(RunError):

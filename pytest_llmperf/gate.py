@@ -8,8 +8,15 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Protocol, TypeVar
 
-from pytest_llmperf.campaign import Campaign, PairedLaunches
-from pytest_llmperf.errors import LlmperfError, UnmeasuredError
+from pytest_llmperf.build.tools import BENCH
+from pytest_llmperf.campaign.base import Campaign, PairedLaunches
+from pytest_llmperf.errors import (
+    CheckError,
+    LlmperfError,
+    OutOfMemoryError,
+    TooSlowError,
+    UnmeasuredError,
+)
 from pytest_llmperf.judge._common import finding
 from pytest_llmperf.judge.decide import (
     compare_exact,
@@ -18,12 +25,16 @@ from pytest_llmperf.judge.decide import (
     failed,
     incomparable,
     missing,
+    out_of_memory,
     recorded,
+    recorded_failure,
+    still_fails,
+    works_now,
 )
 from pytest_llmperf.judge.priors import Priors, pooled_prior
 from pytest_llmperf.judge.sequential import Decision, Plan
 from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
-from pytest_llmperf.judge.store import Baseline
+from pytest_llmperf.judge.store import Baseline, Failure
 from pytest_llmperf.judge.stored import decide_stored, stored_plan
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.launch import Launch
@@ -33,6 +44,10 @@ from pytest_llmperf.plan.config import LAUNCH, Case
 Fingerprint = Mapping[str, str | int | float | bool]
 
 U = TypeVar("U")
+
+
+_NoRoomError = (OutOfMemoryError, TooSlowError)
+"""What can be recorded of a case that cannot be measured."""
 
 
 class _DisturbedError(Exception):
@@ -100,7 +115,7 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
     values = launch.samples.get(name, {}).get(metric.name)
     if not values:
         hints = {
-            "vram_mib": "NVML tells no GPU memory of the server's processes",
+            "vram_mib": "neither NVML nor the log tells of GPU memory of the server",
             "offloaded_layers": "the log does not say; a build for the CPU offloads none",
             "load_ms": "a running server was not started by us",
             "rss_mib": "a running server's processes are not ours to look at",
@@ -108,6 +123,11 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
             "does the text repeat itself?",
         }
         why = hints.get(metric.name, "the server's log or answers do not tell it")
+        if case.tool == BENCH:
+            why = (
+                f"{BENCH} tells prefill_tps and decode_tps; gate others on a workload of "
+                "llama-server"
+            )
         raise UnmeasuredError(f"{metric.name} was not measured on {launch.build}: {why}")
     return values
 
@@ -158,14 +178,57 @@ class Question:
         except _DisturbedError as error:
             return disturbed(metric, str(error))
         except LlmperfError as error:
-            return failed(metric, str(error))
+            return unmeasured(metric, error)
 
     def _measured(self, comparison: Record | Stored | SideBySide) -> Verdict:
         if isinstance(comparison, SideBySide):
-            return self._side_by_side(self.campaign)
+            try:
+                return self._side_by_side(self.campaign)
+            except _NoRoomError as error:
+                return self._one_by_one(error)
         if isinstance(comparison, Stored):
-            return self._stored(comparison)
-        return recorded(self.metric, self._launches(0, self.launches))
+            was = comparison.baseline.failures.get(self.case.key)
+            return self._stored(comparison) if was is None else self._since(comparison, was)
+        try:
+            return recorded(self.metric, self._launches(0, self.launches))
+        except _NoRoomError as error:
+            # A launch that worked shows that it can be measured: nothing to be recorded then.
+            if self._worked():
+                raise
+            return recorded_failure(self.metric, failure_of(error))
+
+    def _worked(self) -> bool:
+        """Return whether any launch has samples of this case."""
+        taken = [self.campaign.launch(index) for index in range(self.campaign.measured[1])]
+        name = LAUNCH if self.case.workload is None else self.case.workload.name
+        return any(launch.samples.get(name) for launch in taken)
+
+    def _one_by_one(self, error: LlmperfError) -> Verdict:
+        """Judge builds of which one, or both, could not be measured side by side.
+
+        Args:
+            error: What went wrong there.
+        """
+        ends: list[list[float] | LlmperfError] = []
+        for base in (True, False):
+            alone = replace(self, campaign=self.campaign.alone(base=base))
+            try:
+                ends.append(alone.samples(0))
+            except _NoRoomError as again:
+                ends.append(again)
+        before, now = ends
+        label = "the baseline's build"
+        if isinstance(now, LlmperfError):
+            verdict = unmeasured(self.metric, now)
+            if isinstance(before, LlmperfError):
+                reason = f"both builds fail; {label} too {failure_of(before).words}; {now}"
+                return replace(verdict, reason=reason)
+            value = median(before)
+            told = f"{label} does not, {self.metric.name} is {value:.4g} {self.metric.unit}"
+            return replace(verdict, base=value, reason=f"{told}; {now}")
+        if isinstance(before, LlmperfError):
+            return works_now(self.metric, failure_of(before), [now], label)
+        raise error
 
     def _check_workload(self, campaign: Campaign) -> None:
         workload = self.case.workload
@@ -177,19 +240,35 @@ class Question:
         if self.metric.kind == "timing" and unit.disturbed:
             raise _DisturbedError(unit.disturbed)
 
-    def _launch(self, index: int) -> list[float]:
-        """Return the samples of a launch of the build under test."""
+    def _check_prompts(self, pair: PairedLaunches) -> None:
+        """Refuse to compare builds that were not asked the same."""
+        name = self.case.workload.name if self.case.workload is not None else LAUNCH
+        base, new = (one.digests.get(name) for one in (pair.base, pair.new))
+        if base != new:
+            raise CheckError(
+                f"{pair.base.build} and {pair.new.build} were not asked the same by {name}: their "
+                "chat templates make different prompts of it, or one does not show what it makes; "
+                "pin the template with the option chat-template-file"
+            )
+
+    def samples(self, index: int) -> list[float]:
+        """Return the samples of a launch of the build under test.
+
+        Raises:
+            LlmperfError: If it cannot be measured.
+        """
         launch = self.campaign.launch(index)
         self._check_workload(self.campaign)
         self._check_steady(launch)
         return samples_of(launch, self.case, self.metric)
 
     def _launches(self, begin: int, end: int) -> list[list[float]]:
-        return [self._launch(index) for index in range(begin, end)]
+        return [self.samples(index) for index in range(begin, end)]
 
     def _block(self, campaign: Campaign, index: int) -> Block:
         pair = campaign.block(index)
         self._check_workload(campaign)
+        self._check_prompts(pair)
         self._check_steady(pair)
         return to_block(pair, self.case, self.metric)
 
@@ -244,12 +323,14 @@ class Question:
             return self._exact([first.base], first.new)
 
         def decide(screen: list[Block], confirm: list[Block], *, last: bool) -> Decision:
+            # Sizes are the same, whoever came first.
+            paired = self.metric.kind != "timing" or all(b.paired for b in (*screen, *confirm))
             return decide_side_by_side(
                 self.metric,
                 screen,
                 confirm,
                 tolerance=self.tolerance,
-                prior=self.priors.block(self.metric.name),
+                prior=self.priors.block(self.metric.name, paired=paired),
                 last=last,
             )
 
@@ -339,12 +420,39 @@ class Question:
                 last=last,
             )
 
-        verdict = self._until_clear(decide, self._launch, lambda: self.campaign.measured[1], plan)
+        verdict = self._until_clear(decide, self.samples, lambda: self.campaign.measured[1], plan)
         if verdict.outcome is Outcome.REGRESSION:
             verdict = self._again(verdict)
         if stored.oldest is None:
             return verdict
         return since(verdict, *stored.oldest, case.key, fingerprint)
+
+    def _since(self, stored: Stored, was: Failure) -> Verdict:
+        """Compare with a baseline that says that the case cannot be measured."""
+        metric = self.metric
+        now: Failure | None = None
+        taken: list[list[float]] = []
+        try:
+            taken = self._launches(0, 1)
+            launch = self.campaign.launch(0)
+        except _NoRoomError as error:
+            now = failure_of(error)
+            if now.kind != was.kind:
+                raise
+            launch = no_launch()
+        # What was not asked has no prompt; a report has no conditions.
+        known, found = (
+            {name: value for name, value in one.items() if name != "prompt"}
+            for one in (
+                stored.baseline.fingerprints.get(self.case.key, {}),
+                self.fingerprint(launch),
+            )
+        )
+        if not stored.baseline.published and (differing := differences(known, found)):
+            return incomparable(metric, differing)
+        if now is not None:
+            return still_fails(metric, was, now, stored.label)
+        return works_now(metric, was, taken, stored.label)
 
     def _again(self, verdict: Verdict) -> Verdict:
         """Let a REGRESSION against recorded launches prove itself side by side, if it can.
@@ -357,6 +465,25 @@ class Question:
             return confirmed(verdict, self._side_by_side(self.rematch()))
         except LlmperfError as error:
             return unconfirmed(verdict, str(error))
+
+
+def failure_of(error: LlmperfError) -> Failure:
+    """Return a failure as a baseline holds it."""
+    if isinstance(error, OutOfMemoryError):
+        return Failure("oom", error.what)
+    return Failure("too-slow", str(error).partition("\n")[0])
+
+
+def unmeasured(metric: Metric, error: LlmperfError) -> Verdict:
+    """Return the verdict on a metric that could not be measured."""
+    if isinstance(error, OutOfMemoryError):
+        return out_of_memory(metric, str(error))
+    return failed(metric, str(error))
+
+
+def no_launch() -> Launch:
+    """Return what stands for the launch of a case that could not be measured: it holds nothing."""
+    return Launch("", "", command="", log="", started=0.0)
 
 
 def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:

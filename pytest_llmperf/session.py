@@ -13,17 +13,21 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
+from pytest_llmperf.build.bench_dialect import computing
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.build.devices import devices_of
+from pytest_llmperf.build.devices import devices_command, devices_of
 from pytest_llmperf.build.resolve import default_spec, resolve
 from pytest_llmperf.build.spec import is_spec, parse_spec
-from pytest_llmperf.campaign import Campaign
+from pytest_llmperf.build.tools import BENCH
+from pytest_llmperf.campaign.base import Campaign
+from pytest_llmperf.campaign.bench import BenchCampaign
+from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, nearest
 from pytest_llmperf.gate import (
     Absent,
@@ -33,24 +37,27 @@ from pytest_llmperf.gate import (
     Record,
     SideBySide,
     Stored,
+    no_launch,
+    unmeasured,
 )
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.chunks import QUALITY
-from pytest_llmperf.judge.decide import failed
 from pytest_llmperf.judge.priors import Priors, path_of
 from pytest_llmperf.judge.priors import load as load_priors
 from pytest_llmperf.judge.references import Kept
-from pytest_llmperf.judge.store import Baseline
-from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.judge.store import Baseline, Failure
+from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.gpu import gpus
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
 from pytest_llmperf.measure.machine import machine, machine_fingerprint
 from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, Metric
 from pytest_llmperf.models.corpus import locate_corpus
-from pytest_llmperf.models.locate import check_sha256, locate, sha256
+from pytest_llmperf.models.locate import check_sha256, files_of, locate, sha256
 from pytest_llmperf.passes import Passed, Passes
-from pytest_llmperf.plan.config import LAUNCH, Case, Config
+from pytest_llmperf.plan.config import LAUNCH, Case, Config, ModelFiles, Tool
+from pytest_llmperf.plan.options import told
 from pytest_llmperf.plan.suite import Suite
+from pytest_llmperf.preflight import disk_warnings, gpu_warnings
 from pytest_llmperf.quality_gate import QualityQuestion, not_alone
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
@@ -119,8 +126,8 @@ class Run:
     seed: int
     selected: Mapping[str, Sequence[Case]]
     priors: Priors = field(default_factory=Priors)
-    _campaigns: dict[str, Campaign] = field(default_factory=dict)
-    _rematches: dict[str, Campaign] = field(default_factory=dict)
+    _campaigns: dict[tuple[str, Tool], Campaign] = field(default_factory=dict)
+    _rematches: dict[tuple[str, Tool], Campaign] = field(default_factory=dict)
     _passes: Passes | None = None
     _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
@@ -157,9 +164,9 @@ class Run:
             self._require_gpu(needed=gpu or case.config.gpu)
             if case.corpus_pass is not None:
                 return self._gate_quality(nodeid, case, asked)
-            campaign = self.campaign(case.config)
+            campaign = self.campaign(case.config, case.tool)
         except LlmperfError as error:
-            verdicts = [failed(METRICS[name], str(error)) for name in asked]
+            verdicts = [unmeasured(METRICS[name], error) for name in asked]
             return Result(
                 nodeid,
                 case.key,
@@ -179,7 +186,7 @@ class Run:
                 launches=self.settings.launches,
                 fingerprint=lambda launch: self.fingerprint(case, launch),
                 priors=self.priors,
-                rematch=lambda: self.rematch(case.config),
+                rematch=lambda: self.rematch(case.config, case.tool),
             ).answer(self.comparison)
             for name, own in asked.items()
         ]
@@ -205,6 +212,11 @@ class Run:
         # A file that the config names has its place already.
         own = new is not None and not passes.names_file(case.config)
         reference = new.reference if own and new is not None else None
+        fingerprint: Fingerprint = {}
+        if new is not None:
+            fingerprint = passes.fingerprint(case, new)
+        elif _failure_in(verdicts):
+            fingerprint = passes.conditions(case)
         return Result(
             nodeid=nodeid,
             case=case.key,
@@ -212,7 +224,7 @@ class Run:
             base=sides[1] if len(sides) > 1 else self._stored_side(),
             machine=self.machine_key,
             verdicts=not_alone(verdicts),
-            fingerprint=passes.fingerprint(case, new) if new is not None else {},
+            fingerprint=fingerprint,
             options=self._options,
             measured=measured,
             reference=str(reference or ""),
@@ -236,8 +248,8 @@ class Run:
             self.close_server()
         if self._server is None:
             self._require_gpu(needed=gpu or config.gpu)
-            model = self.model(config) if self.new.url is None else Path()
-            self._server = start(self.new, config, model, self._serve_plan())
+            files = self.files(config) if self.new.url is None else ModelFiles(Path())
+            self._server = start(self.new, config, files, self._serve_plan())
         return self._server
 
     def close_server(self) -> None:
@@ -281,23 +293,25 @@ class Run:
             )
         return self._passes
 
-    def campaign(self, config: Config) -> Campaign:
-        """Return the campaign of a config, made on first use.
+    def campaign(self, config: Config, tool: Tool) -> Campaign:
+        """Return the campaign of a config by one of a build's programs, made on first use.
 
         Raises:
             LlmperfError: If the config's model or a GPU it needs is not there.
         """
-        if config.name not in self._campaigns:
-            self._campaigns[config.name] = self._campaign(config, self.base)
-        return self._campaigns[config.name]
+        key = config.name, tool
+        if key not in self._campaigns:
+            self._campaigns[key] = self._campaign(config, tool, self.base)
+        return self._campaigns[key]
 
-    def rematch(self, config: Config) -> Campaign:
+    def rematch(self, config: Config, tool: Tool) -> Campaign:
         """Return the campaign of the build under test against the recorded baseline's build.
 
         Raises:
             LlmperfError: If that build, as it was recorded, cannot be started here.
         """
-        if config.name not in self._rematches:
+        key = config.name, tool
+        if key not in self._rematches:
             if self._recorded is None:
                 try:
                     self._recorded = self._recorded_build()
@@ -305,8 +319,8 @@ class Run:
                     self._recorded = error
             if isinstance(self._recorded, LlmperfError):
                 raise self._recorded
-            self._rematches[config.name] = self._campaign(config, self._recorded)
-        return self._rematches[config.name]
+            self._rematches[key] = self._campaign(config, tool, self._recorded)
+        return self._rematches[key]
 
     def _recorded_build(self) -> Build:
         if not isinstance(self.comparison, Stored):
@@ -317,20 +331,22 @@ class Run:
         if not is_spec(named, self.suite.builds, self.settings.root):
             raise BuildError(f"the build of {label} ({named or 'source unknown'}) is not to be had")
         spec = parse_spec(named, self.suite.builds, self.settings.root)
-        found = resolve(spec, self.settings.cache, self.progress)
+        found = resolve(spec, self.settings.cache, self.progress, self.settings.containers)
         if found.sha256 != known.get("sha256"):
             raise BuildError(f"{named} is not the build that was recorded as {label}")
         return found
 
-    def _campaign(self, config: Config, base: Build | None) -> Campaign:
+    def _campaign(self, config: Config, tool: Tool, base: Build | None) -> Campaign:
         self._require_gpu(needed=config.gpu)
-        wanted = {c.workload.name for c in self.selected.get(config.name, ()) if c.workload}
-        return Campaign(
+        cases = self.selected.get(config.name, ())
+        wanted = {c.workload.name for c in cases if c.workload and c.tool == tool}
+        kind = BenchCampaign if tool == BENCH else ServerCampaign
+        return kind(
             config=config,
             workloads=[w for w in self.suite.workloads.values() if w.name in wanted],
             new=self.new,
             base=base,
-            model=self.model(config) if self._needs_model else Path(),
+            files=self.files(config) if self._needs_model else ModelFiles(Path()),
             serve=self._serve_plan(),
             pairs=self.settings.pairs,
             lock=self._lock,
@@ -345,7 +361,18 @@ class Run:
         Raises:
             ModelError: If it is not there or not the one named.
         """
-        model = self.suite.models[config.model]
+        return self._located(config.model)
+
+    def files(self, config: Config) -> ModelFiles:
+        """Return all files that a server of a config loads.
+
+        Raises:
+            ModelError: If one is not there or not the one named.
+        """
+        return files_of(config, self.suite.models, self._located)
+
+    def _located(self, name: str) -> Path:
+        model = self.suite.models[name]
         if model.name not in self._models:
             path = locate(model, self.settings.models, self.settings.cache, self.suite.models)
             if model.sha256:
@@ -356,22 +383,30 @@ class Run:
     def fingerprint(self, case: Case, launch: Launch) -> Fingerprint:
         """Return what must be equal for another result to be comparable with this launch."""
         options = server_options(self.new, case.config)
+        if case.tool == BENCH:
+            options = computing(options)
         found: dict[str, str | int | float | bool] = {
             **machine_fingerprint(self.settings.machine),
             "protocol": PROTOCOL,
-            "model": (
-                sha256(self.model(case.config), self.settings.cache)
-                if self.new.url is None
-                else launch.model
-            ),
-            "options": " ".join(f"{name}={value}" for name, value in sorted(options.items())),
+            "options": told(options),
         }
         if self.new.url is not None:
             # What a running server was started with is its own affair.
-            found["options"] = "of the running server"
+            found |= {"model": launch.model, "options": "of the running server"}
+        else:
+            files = self.files(case.config)
+            for name, path in (
+                ("model", files.main),
+                ("draft", files.draft),
+                ("projector", files.projector),
+            ):
+                if path is not None:
+                    found[name] = sha256(path, self.settings.cache)
         if case.workload is not None:
             found["workload"] = case.workload.digest()
             found["prompt"] = launch.digests.get(case.workload.name, "unknown")
+        elif launch.vram_by_log:
+            found["vram"] = "by the log"
         return found
 
     @property
@@ -389,6 +424,9 @@ class Run:
         else:
             lines.append(f"recording a baseline in {self.settings.baselines}")
         lines += [build.note for build in (self.new, self.base) if build and build.note]
+        lines += disk_warnings([self.folder, self.settings.cache])
+        if any(case.config.gpu for cases in self.selected.values() for case in cases):
+            lines += gpu_warnings()
         noise = f"noise {self.priors.about}" if self.priors.about else "noise not calibrated"
         return [*lines, f"machine {self.machine_key}, {noise}, logs in {self.folder}"]
 
@@ -441,7 +479,7 @@ class Run:
                 return BuildError(
                     f"build {build.label} sees no GPU, though this machine has {cards[0].name}: it "
                     "would run on the CPU (a CPU build, or its GPU runtime is missing); see what "
-                    f"`{build.command[0]} --list-devices` says"
+                    f"`{shlex.join(devices_command(build))}` says"
                 )
             return BuildError(
                 "this machine has no GPU that the build can use: run these tests on the GPU "
@@ -495,9 +533,14 @@ class Run:
             base=base,
             machine=self.machine_key,
             verdicts=tuple(verdicts),
-            fingerprint=self.fingerprint(case, new[0]) if new else {},
+            fingerprint=(
+                self.fingerprint(case, new[0] if new else no_launch())
+                if new or _failure_in(verdicts)
+                else {}
+            ),
             options=self._options,
             measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
+            partial=_partial(campaign, case),
         )
 
 
@@ -533,6 +576,23 @@ def check_metrics(case: Case, asked: Collection[str]) -> None:
         )
 
 
+def _failure_in(verdicts: Sequence[Verdict]) -> Failure | None:
+    """Return the failure of a case that is to be recorded, None if there is none."""
+    for verdict in verdicts:
+        told = verdict.evidence.get("failed")
+        if verdict.outcome is Outcome.RECORDED and isinstance(told, Mapping):
+            return Failure(str(told["kind"]), str(told["what"]))
+    return None
+
+
+def _partial(campaign: Campaign, case: Case) -> Mapping[str, object]:
+    """Return what was answered of a workload that failed, as JSON values."""
+    name = LAUNCH if case.workload is None else case.workload.name
+    if name not in campaign.failures or name not in campaign.partial:
+        return {}
+    return asdict(campaign.partial[name])
+
+
 def _measured(
     case: Case, launches: Sequence[Launch], metrics: Sequence[Metric]
 ) -> dict[str, list[list[float]]]:
@@ -566,6 +626,7 @@ def begin(
         parse_spec(settings.build or default_spec(os.environ), suite.builds, settings.root),
         settings.cache,
         progress,
+        settings.containers,
     )
     comparison, base = _comparison(settings, suite, new, progress)
     by_config: dict[str, list[Case]] = {}
@@ -611,7 +672,7 @@ def _comparison(
         ), None
     if is_spec(name, suite.builds, settings.root):
         spec = parse_spec(name, suite.builds, settings.root)
-        return SideBySide(), resolve(spec, settings.cache, progress)
+        return SideBySide(), resolve(spec, settings.cache, progress, settings.containers)
     return Absent(
         f"baseline {name} was not recorded on this machine ({key}): record it with `pytest "
         f"{_spec_of(name, suite, new)} --update-baselines`, or measure it "
@@ -694,7 +755,11 @@ def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Writt
                 "source": "pytest --update-baselines",
             },
             measured={
-                result.case: store.Measured(fingerprint=result.fingerprint, metrics=result.measured)
+                result.case: store.Measured(
+                    fingerprint=result.fingerprint,
+                    metrics=result.measured,
+                    failed=_failure_in(result.verdicts),
+                )
             },
             references=kept,
         )

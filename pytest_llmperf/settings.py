@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,19 @@ DEFAULT_HANG_TIMEOUT = 300.0
 DEFAULT_PASS_LIMIT = 4 * 3600.0
 # A build spec that is a path, not a name, a URL or `pypi:…`.
 _RELATIVE = re.compile(r"^(?:\.{1,2}$|(?![~/])[^:]*/)")
+
+
+@dataclass(frozen=True, slots=True)
+class Containers:
+    """How containers are run on this machine.
+
+    Attributes:
+        engine: The engine's command with its own flags; empty for docker, else podman.
+        run: Flags that every ``run`` gets on this machine.
+    """
+
+    engine: tuple[str, ...] = ()
+    run: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,7 @@ class Settings:
         hang_timeout: Seconds without a byte after which a request counts as hung.
         foreign_load: Cores that other programs may keep busy while something is measured.
         pass_limit: Most seconds that a pass over a corpus may be expected to take.
+        containers: How containers are run.
     """
 
     baseline: str | None
@@ -69,6 +84,7 @@ class Settings:
     hang_timeout: float = DEFAULT_HANG_TIMEOUT
     foreign_load: float = math.inf
     pass_limit: float = DEFAULT_PASS_LIMIT
+    containers: Containers = Containers()
 
 
 def read_settings(
@@ -152,7 +168,27 @@ def read_settings(
         ),
         foreign_load=_foreign_load(ini("llmperf_foreign_load")),
         pass_limit=_number(None, ini("llmperf_pass_limit"), DEFAULT_PASS_LIMIT, "pass_limit", 1.0),
+        containers=read_containers(ini, environment),
     )
+
+
+def read_containers(ini: Callable[[str], object], environment: Mapping[str, str]) -> Containers:
+    """Return how containers are run; the ini file wins over the environment.
+
+    Raises:
+        PlanError: If a value is not what a shell would take as words.
+    """
+
+    def words(name: str) -> tuple[str, ...]:
+        from_ini = str(ini(f"llmperf_{name}") or "")
+        place = f"ini llmperf_{name}" if from_ini else f"LLMPERF_{name.upper()}"
+        value = from_ini or environment.get(f"LLMPERF_{name.upper()}", "")
+        try:
+            return tuple(shlex.split(value))
+        except ValueError as error:
+            raise PlanError(f"{place}: {value!r}: {error}") from None
+
+    return Containers(engine=words("container"), run=words("container_run"))
 
 
 def _path(value: object) -> Path:

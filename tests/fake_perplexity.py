@@ -36,6 +36,11 @@ def _quarter(chunk: int) -> bytes:
     return data[(chunk - 1) * size : chunk * size]
 
 
+NO_MEMORY = """failed to allocate CPU buffer of size 20481310720
+failed to allocate buffer for kv cache
+"""
+
+
 def play(fault: str, stream: BinaryIO | None) -> int:
     """Pass four chunks, unless the fault comes in between."""
     say = sys.stderr.write
@@ -66,7 +71,8 @@ def main(arguments: list[str]) -> int:
     if fault == "short":
         sys.stderr.write("perplexity: you need at least 1024 tokens to evaluate perplexity\n")
         return 0
-    if fault == "dies":
+    if fault in {"dies", "memory"}:
+        sys.stderr.write(NO_MEMORY if fault == "memory" else "")
         return 3
     if fault == "stuck":
         time.sleep(600)

@@ -52,7 +52,13 @@ load_tensors:   CPU_Mapped model buffer size =      2.00 MiB
 llama_kv_cache:        CUDA0 KV buffer size =     4.00 MiB
 llama_context:        CUDA0 compute buffer size =     8.25 MiB
 """
+OUT_OF_MEMORY = """ggml_backend_cuda_buffer_type_alloc_buffer: allocating 8984.00 MiB on device 0: \
+cudaMalloc failed: out of memory
+alloc_tensor_range: failed to allocate CUDA0 buffer of size 9420406784
+llama_model_load: error loading model: unable to allocate CUDA0 buffer
+"""
 COMMIT = "0a1b2c3"
+MARKER = f"<__media_{os.getpid()}__>"
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Fake:
     keys: set[str] = field(default_factory=set)
     health_asked: int = 0
     completions: int = 0
+    caches: dict[object, list[int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def has(self, fault: str) -> bool:
@@ -105,6 +112,27 @@ def fail(send: Send, status: int, message: str) -> None:
     reply(send, status, {"error": {"code": status, "message": message, "type": "server_error"}})
 
 
+@dataclass
+class Work:
+    """One answer to make.
+
+    Attributes:
+        tokens: The prompt.
+        generate: Tokens to make.
+        slot: Slot that makes them.
+        keep: Whether the cache of the slot is used and kept.
+        say: Writes a token of this number.
+        close: Writes the end, from the reason and the timings.
+    """
+
+    tokens: list[int]
+    generate: int
+    slot: object
+    keep: bool
+    say: Callable[[int], Mapping[str, object]]
+    close: Callable[[Callable[[str], bool], Mapping[str, object]], list[Mapping[str, object]]]
+
+
 def complete(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
     """Answer a completion as a stream of events."""
     prompt = body["prompt"]
@@ -112,17 +140,72 @@ def complete(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
     if not isinstance(prompt, list) or not isinstance(generate, int):
         fail(send, 400, "a prompt of token ids and a length are needed")
         return
+
+    def say(index: int) -> Mapping[str, object]:
+        return {"content": "a", "tokens": [index], "stop": False}
+
+    def close(
+        due: Callable[[str], bool], timings: Mapping[str, object]
+    ) -> list[Mapping[str, object]]:
+        end = {
+            "content": "",
+            "stop": True,
+            "stop_type": "eos" if due("eos") else "limit",
+            "truncated": due("truncated"),
+        }
+        return [end if due("no-timings") else {**end, "timings": timings}]
+
+    keep = body.get("cache_prompt") is True
+    # One token is made even where none is asked for.
+    answer_with(fake, send, Work(prompt, generate or 1, body.get("id_slot"), keep, say, close))
+
+
+def chat(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
+    """Answer a chat as a stream of events."""
+    generate = body["max_tokens"]
+    if not isinstance(generate, int):
+        fail(send, 400, "a length is needed")
+        return
+    tokens = tokenized(render(fake, body).replace(MARKER, ""))
+    tokens += [0] * 16 * render(fake, body).count(MARKER)
+
+    def delta(**what: str) -> Mapping[str, object]:
+        return {"choices": [{"index": 0, "delta": what, "finish_reason": None}]}
+
+    def say(index: int) -> Mapping[str, object]:
+        return delta(reasoning_content="t") if index == 0 else delta(content="a")
+
+    def close(
+        due: Callable[[str], bool], timings: Mapping[str, object]
+    ) -> list[Mapping[str, object]]:
+        reason = "stop" if due("eos") else "length"
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": timings["predicted_n"]}
+        last: Mapping[str, object] = {"choices": [], "usage": usage}
+        return [end, last if due("no-timings") else {**last, "timings": timings}]
+
+    answer_with(
+        fake, send, Work(tokens, generate, body.get("id_slot"), keep=False, say=say, close=close)
+    )
+
+
+def answer_with(fake: Fake, send: Send, work: Work) -> None:
+    """Do a work, or fail at it."""
+    size = len(work.tokens)
     with fake.lock:
         fake.completions += 1
         number = fake.completions
-    size = len(prompt)
+        cached = shared(fake.caches.pop(work.slot, []), work.tokens) if work.keep else 0
+        if work.keep:
+            fake.caches[work.slot] = work.tokens
     fake.note(
         event="completion",
         build=fake.number,
         number=number,
         prompt=size,
-        generate=generate,
-        slot=body.get("id_slot"),
+        cached=cached,
+        generate=work.generate,
+        slot=work.slot,
     )
 
     def due(fault: str) -> bool:
@@ -131,26 +214,73 @@ def complete(fake: Fake, send: Send, body: Mapping[str, object]) -> None:
     def part(data: bytes) -> None:
         send(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
-    def event(data: Mapping[str, object]) -> None:
-        part(b"data: " + json.dumps(data).encode() + b"\n\n")
-
     if due("http500"):
         fail(send, 500, "Failed to parse input at pos 0")
         return
+    if due("mute"):
+        time.sleep(600)
     send(
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
         b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     )
     part(b": ping\n\n")
-    generated = generate - 1 if due("short") else generate
-    for index in range(generated):
-        event({"content": "a", "tokens": [index], "stop": False})
-        if index == 0:
-            spoil(due, part)
+    generated = work.generate - 1 if due("short") else work.generate
+    say(work, generated, due, part)
     if not due("no-close"):
         token_ms = float(fake.options.get("--fake-token-ms", "1"))
-        event(closing(due, size, generated, token_ms))
+        for last in work.close(due, timings(due, size, cached, generated, token_ms)):
+            event(last, part)
     send(b"0\r\n\r\n")
+
+
+def event(data: Mapping[str, object], part: Send) -> None:
+    """Send an event of a stream."""
+    part(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+
+def say(work: Work, generated: int, due: Callable[[str], bool], part: Send) -> None:
+    """Send the tokens, slowly or not at all if that is due."""
+    if due("crawl"):
+        size = len(work.tokens)
+        event({"prompt_progress": {"total": size, "cache": 0, "processed": 3}}, part)
+        time.sleep(600)
+    for index in range(generated):
+        event(work.say(index), part)
+        if index == 0:
+            spoil(due, part)
+        if due("slow"):
+            time.sleep(0.1)
+
+
+def shared(cached: list[int], tokens: list[int]) -> int:
+    """Return how many tokens of a prompt are in the cache; the last one is always evaluated."""
+    same = 0
+    for one, other in zip(cached, tokens[:-1], strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
+
+
+def render(fake: Fake, body: Mapping[str, object]) -> str:
+    """Return what the chat template makes of messages."""
+    messages = body["messages"]
+    said = []
+    for message in messages if isinstance(messages, list) else []:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        text = "".join(str(one.get("text", MARKER)) for one in parts)
+        said.append(f"<{message['role']}>    {text}")
+    kwargs = body.get("chat_template_kwargs")
+    empty = isinstance(kwargs, dict) and kwargs.get("enable_thinking") is False
+    thought = "<think></think>" if empty and not fake.has("deaf-template") else ""
+    own = f"<build {fake.number}>" if fake.has("own-template") else ""
+    return own + "".join(said) + "<assistant>" + thought
+
+
+def tokenized(text: str) -> list[int]:
+    """Return a token for every four characters."""
+    return [ord(letter) for letter in text[::4]]
 
 
 def spoil(due: Callable[[str], bool], part: Send) -> None:
@@ -161,6 +291,12 @@ def spoil(due: Callable[[str], bool], part: Send) -> None:
         sys.stdout.write("ggml_abort: a check failed\n")
         sys.stdout.flush()
         os._exit(1)
+    if due("oom"):
+        sys.stdout.write(
+            "CUDA error: out of memory\n  current device: 0, in function alloc at x:1\n"
+        )
+        sys.stdout.flush()
+        os.abort()
     if due("hang"):
         time.sleep(600)
     while due("pings"):
@@ -170,24 +306,17 @@ def spoil(due: Callable[[str], bool], part: Send) -> None:
         part(b'data: {"error": {"code": 500, "message": "the compute failed"}}\n\n')
 
 
-def closing(
-    due: Callable[[str], bool], prompt: int, generated: int, token_ms: float
+def timings(
+    due: Callable[[str], bool], prompt: int, cached: int, generated: int, token_ms: float
 ) -> dict[str, object]:
-    """Return the closing event."""
-    cached = 5 if due("cached") else 0
-    timings = {
+    """Return the server's own account of an answer."""
+    cached += 5 if due("cached") else 0
+    return {
         "cache_n": cached,
         "prompt_n": prompt - cached,
         "prompt_ms": token_ms * prompt / 10,
         "predicted_n": generated,
         "predicted_ms": token_ms * generated,
-    }
-    return {
-        "content": "",
-        "stop": True,
-        "stop_type": "eos" if due("eos") else "limit",
-        "truncated": due("truncated"),
-        **({} if due("no-timings") else {"timings": timings}),
     }
 
 
@@ -225,16 +354,30 @@ def route(fake: Fake, send: Send, what: str, headers: Mapping[str, str], content
             os._exit(7)
         context = int(fake.options.get("--ctx-size", "4096"))
         settings = {"default_generation_settings": {"n_ctx": context}}
-        props: object = {**settings, "build_info": f"b{fake.number}-{COMMIT}"}
+        sees = {"modalities": {"vision": True}, "media_marker": MARKER} if fake.has("sees") else {}
+        props: object = {**settings, **sees, "build_info": f"b{fake.number}-{COMMIT}"}
         reply(send, 200, ["no", "object"] if fake.has("odd-props") else props)
-    elif what == "POST /tokenize":
-        text = str(json.loads(content)["content"])
-        ids: object = [ord(letter) for letter in text[::4]]
-        reply(send, 200, {"tokens": "none" if fake.has("odd-tokens") else ids})
-    elif what == "POST /completion":
-        complete(fake, send, json.loads(content))
+    elif what in {"POST /completion", "POST /v1/chat/completions"}:
+        make = complete if what == "POST /completion" else chat
+        make(fake, send, json.loads(content))
+    elif what.startswith("POST ") and (told := text_route(fake, what, content)) is not None:
+        reply(send, 200, told)
     else:
         fail(send, 404, "File Not Found")
+
+
+def text_route(fake: Fake, what: str, content: bytes) -> object:
+    """Return the answer of a route that only handles text, None for another route."""
+    body = json.loads(content)
+    if what == "POST /tokenize":
+        ids: object = tokenized(str(body["content"]))
+        return {"tokens": "none" if fake.has("odd-tokens") else ids}
+    if what == "POST /detokenize":
+        text = "".join(chr(token) + "   " for token in body["tokens"])
+        return {} if fake.has("odd-tokens") else {"content": text}
+    if what == "POST /apply-template":
+        return {} if fake.has("odd-template") else {"prompt": render(fake, body)}
+    return None
 
 
 def leave_child() -> int:
@@ -279,6 +422,9 @@ def serve(fake: Fake) -> None:
         env=dict(os.environ),
         key_mode=key_file.stat().st_mode & 0o777,
     )
+    if fake.has("start-oom"):
+        sys.stdout.write(OUT_OF_MEMORY)
+        sys.exit(1)
     if fake.has("start-exit"):
         sys.stdout.write("error: failed to load model\n")
         sys.exit(3)

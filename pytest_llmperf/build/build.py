@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from pytest_llmperf.build.container import Container
 from pytest_llmperf.plan.options import OptionValue
 
 _VERSION = (
@@ -19,6 +22,10 @@ _BUILD_INFO = re.compile(r"^b?(\d+)-(\S+)$")
 _SHALLOW = 1
 
 
+ServerApi = Literal["llama-server", "openai", "ollama"]
+"""What a server speaks: llama-server's own API, OpenAI's chats alone, or Ollama's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     """One llama.cpp binary set, found and identified.
@@ -28,14 +35,19 @@ class Build:
         number: Build number; 0 when the build does not know it.
         commit: Commit hash as the build tells it, or ``unknown``.
         source: The spec it came from.
-        sha256: Hash of the programs and libraries, or ``""`` for an endpoint.
-        command: Arguments that start its server, options excluded; empty for an endpoint.
+        sha256: Hash of the programs and libraries, of a container image its id, or ``""`` for an
+            endpoint.
+        command: Arguments that start its server, options excluded; of a container those that ask
+            its program; empty for an endpoint.
         url: Address of a running server, or None.
         options: Server options it adds to every config.
         env: Environment variables its servers get.
         note: What a person must know about it, such as an unknown number.
         stopped_share: Share of the time in which its servers are stopped: the known slowdown that
             calibration measures its verdicts with.
+        container: The image it is in, or None.
+        api: What its server speaks; anything but llama-server's own API for an endpoint alone.
+        model: Which model of an endpoint with several is asked.
     """
 
     label: str
@@ -49,18 +61,54 @@ class Build:
     env: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     stopped_share: float = 0.0
+    container: Container | None = None
+    api: ServerApi = "llama-server"
+    model: str = ""
+
+    @property
+    def host_env(self) -> Mapping[str, str]:
+        """What its environment variables are to a process of ours: none of a container's."""
+        return {} if self.container is not None else self.env
+
+    @property
+    def forget(self) -> Callable[[], object] | None:
+        """What to call when a question to its program did not end, or None."""
+        return self.container.forget if self.container is not None else None
+
+    def tool(self, name: str) -> Path | None:
+        """Return another program of the build, which lies beside its server; None without one.
+
+        A wheel, a container and an endpoint have none.
+
+        Args:
+            name: Such as ``llama-bench``.
+        """
+        if self.url is None and len(self.command) == 1:
+            path = Path(self.command[0]).with_name(name)
+            if path.is_file() and os.access(path, os.X_OK):
+                return path
+        return None
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What two builds must differ in to be worth comparing."""
         options = tuple(sorted((k, str(v)) for k, v in self.options.items()))
-        return (self.sha256, self.url, self.command, options, tuple(sorted(self.env.items())))
+        return (
+            self.sha256,
+            self.url,
+            self.model,
+            self.command,
+            options,
+            tuple(sorted(self.env.items())),
+        )
 
     def describe(self) -> str:
         """Return one line for people: label, number, commit, source, hash."""
         known = f"build {self.number}" if self.number else "build number unknown"
         commit = "" if self.commit == "unknown" else f", commit {self.commit}"
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
+        if self.container is not None and self.container.digest:
+            digest += f", {self.container.digest}"
         return f"{self.label} ({known}{commit}, {self.source}{digest})"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from pytest_llmperf.build.ask import answer_of
 from pytest_llmperf.build.build import Build
+from pytest_llmperf.errors import BuildError
 
 _DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
 
@@ -21,6 +23,12 @@ class Device:
     free_mib: int
 
 
+def devices_command(build: Build) -> tuple[str, ...]:
+    """Return the command that lists the devices of a build."""
+    program = build.command if build.container is None else build.container.asking(gpu=True)
+    return (*program, "--list-devices")
+
+
 def devices_of(build: Build) -> tuple[Device, ...]:
     """Return the GPUs that a build sees on this machine; empty for a build of CPU code only.
 
@@ -29,7 +37,17 @@ def devices_of(build: Build) -> tuple[Device, ...]:
     """
     if not build.command:
         return ()
-    text, _ = answer_of(build.command, "--list-devices", build.env, f"build {build.label}")
+    *command, flag = devices_command(build)
+    name = f"build {build.label}"
+    try:
+        text, _ = answer_of(command, flag, build.host_env, name, build.forget)
+    except BuildError as error:
+        if build.container is None or not build.container.gpu:
+            raise
+        raise BuildError(
+            f"{error} (asked with {shlex.join(build.container.gpu)}: install NVIDIA's container "
+            "toolkit, or name the devices in [builds.NAME] run)"
+        ) from error
     return tuple(
         Device(match[1], match[2], int(match[3]), int(match[4])) for match in _DEVICE.finditer(text)
     )

@@ -7,7 +7,7 @@ hand, or an error that names the option and the build.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +40,21 @@ _REPLACED: tuple[tuple[tuple[str, OptionValue], tuple[str, OptionValue]], ...] =
     (("load-mode", "dio"), ("direct-io", True)),
     (("spec-type", "draft-simple"), ("spec-type", "draft")),
 )
+# Options that took over a part of what another one meant: only the new name stands for the old one.
+# Up to April 2026 all kinds of drafting shared these (docs/speculative.md of those builds).
+_SPLIT: Mapping[str, str] = {
+    "spec-ngram-mod-n-max": "spec-draft-n-max",
+    "spec-ngram-mod-n-min": "spec-draft-n-min",
+    "spec-ngram-mod-n-match": "spec-ngram-simple-size-n",
+}
+# Options without another name in older builds: the last build seen without, the first seen with it.
+_CAME: Mapping[str, tuple[int, int]] = {
+    "spec-type": (7827, 7964),
+    "spec-ngram-simple-size-n": (7827, 7964),
+    "spec-ngram-simple-size-m": (7827, 7964),
+    "spec-ngram-simple-min-hits": (7827, 7964),
+    "load-mode": (10068, 10229),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,8 @@ class Dialect:
         for group in _RENAMED:
             if name in group:
                 flags.update(f"--{other}" for other in group)
-        return next((o for o in self.options if flags & set(o.names)), None)
+        found = next((o for o in self.options if flags & set(o.names)), None)
+        return self._find(_SPLIT[name]) if found is None and name in _SPLIT else found
 
     def arguments(self, options: Mapping[str, OptionValue]) -> list[str]:
         """Return command-line arguments for ``options``.
@@ -88,8 +104,8 @@ class Dialect:
                     if other is not None and (other != option or want[1] in _offered(other)):
                         return self._spell(other, want[0], want[1])
         if option is None:
-            known = [o.long for o in self.options]
-            raise BuildError(f"build {self.build} has no option --{name}{nearest(name, known)}")
+            hint = _since(name) or nearest(name, [o.long for o in self.options])
+            raise BuildError(f"build {self.build} has no option --{name}{hint}")
         return self._spell(option, name, value)
 
     def _spell(self, option: OptionNames, name: str, value: OptionValue) -> list[str]:
@@ -126,15 +142,32 @@ class Dialect:
         option = self._find("verbosity")
         return 4 if option is not None and "4: trace" in option.about else None
 
+    def offers(self, name: str, value: str) -> bool:
+        """Return whether the build lists this value of an option, under a name of its time."""
+        option = self._find(name)
+        older = {old[1] for new, old in _REPLACED if new == (name, value)}
+        return option is not None and bool({value, *older} & _offered(option))
+
     def supports(self, name: str) -> bool:
         """Return whether the build has the option under any of its names."""
         return self._find(name) is not None
 
 
+def _since(name: str) -> str:
+    """Return when an option came, for an error text; ``""`` where that is not known."""
+    group = next((names for names in _RENAMED if name in names), (name,))
+    seen = next((_CAME[one] for one in group if one in _CAME), None)
+    return f": it came after b{seen[0]}, with b{seen[1]} at the latest" if seen else ""
+
+
 def _offered(option: OptionNames) -> set[OptionValue]:
-    """Return the values that the placeholder of an option lists, such as ``[on|off|auto]``."""
-    words = option.about.removeprefix(", ".join(option.names)).split(maxsplit=1)
-    return set(re.findall(r"[\w.+-]+", words[0])) if words and option.takes_value else set()
+    """Return the values that an option lists: ``[on|off|auto]``, or ``NAME`` and ``(on, off)``."""
+    text = option.about.removeprefix(", ".join(option.names)).lstrip()
+    if not text or not option.takes_value:
+        return set()
+    # A wheel's help has a placeholder such as NAME, and what it stands for in parentheses.
+    apart = re.match(r"[A-Z]+(?:,\.\.\.)? [^(]*\((.*?)\)", text)
+    return set(re.findall(r"[\w.+-]+", apart[1] if apart else text.split(maxsplit=1)[0]))
 
 
 def _text(value: str | float) -> str:
@@ -147,15 +180,18 @@ def dialect_of(build: Build) -> Dialect:
     Raises:
         BuildError: If the help cannot be read.
     """
-    env = tuple(sorted(build.env.items()))
-    return Dialect(build.label, _ask_help(build.command, env, build.label))
+    env = tuple(sorted(build.host_env.items()))
+    return Dialect(build.label, _ask_help(build.command, env, build.label, build.forget))
 
 
 @lru_cache(maxsize=32)
 def _ask_help(
-    command: Sequence[str], env: Sequence[tuple[str, str]], label: str
+    command: Sequence[str],
+    env: Sequence[tuple[str, str]],
+    label: str,
+    forget: Callable[[], object] | None,
 ) -> tuple[OptionNames, ...]:
-    text, more, _ = ask_program(command, "--help", dict(env), f"build {label}")
+    text, more, _ = ask_program(command, "--help", dict(env), f"build {label}", forget)
     options = tuple(o for o in parse_help(text + more) if not o.removed)
     if not any("--ctx-size" in option.names for option in options):
         raise BuildError(f"build {label}: `--help` lists no options of llama-server")

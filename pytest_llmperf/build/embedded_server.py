@@ -544,6 +544,7 @@ def _put_priority(to: str) -> Put:
 _COMMON = """
 -m --model                   model.path                  file    the model, a GGUF file
 -mm --mmproj                 mmproj.path                 file    the multimodal projector
+--mmproj-auto                no_mmproj                   no      use the multimodal projector
 --no-mmproj --no-mmproj-auto  no_mmproj                  yes     use no multimodal projector
 --mmproj-offload             mmproj_use_gpu              yes     put the projector on the GPU
 --no-mmproj-offload          mmproj_use_gpu              no      keep the projector on the CPU
@@ -664,6 +665,7 @@ _SERVER = """
 --pooling                    pooling_type                pooling  how embeddings are pooled
 --image-min-tokens           image_min_tokens            int     least tokens of an image
 --image-max-tokens           image_max_tokens            int     most tokens of an image
+--mtmd-batch-max-tokens      mtmd_batch_max_tokens       int     most image tokens of a batch
 --jinja                      use_jinja                   yes     use the Jinja engine for chats
 --no-jinja                   use_jinja                   no      use the built-in templates
 --chat-template              chat_template               text    the chat template
@@ -747,8 +749,8 @@ _ELSEWHERE = """
 --log-disable --log-file --log-jsonl --no-log-jsonl --log-colors --log-prefix --no-log-prefix
 --log-timestamps --no-log-timestamps --log-prompts-dir --sampler-seq --sampling-seq --top-nsigma
 --top-n-sigma --dry-sequence-breaker -l --logit-bias --grammar --grammar-file -j --json-schema -jf
---json-schema-file -r --reverse-prompt --spm-infill -mmu --mmproj-url --mmproj-auto -mmdev
---mmproj-device --mtmd-batch-max-tokens --video-fps --video-timestamp-interval --video-ffmpeg-dir
+--json-schema-file -r --reverse-prompt --spm-infill -mmu --mmproj-url -mmdev
+--mmproj-device --video-fps --video-timestamp-interval --video-ffmpeg-dir
 --embd-normalize --cors-origins --cors-methods --cors-headers --cors-credentials
 --no-cors-credentials --ui-config --webui-config --ui-config-file --webui-config-file
 --ui-mcp-proxy --no-ui-mcp-proxy --webui-mcp-proxy --no-webui-mcp-proxy --tools --tools-runtime
@@ -1148,6 +1150,9 @@ def load_wheel(folder: str | None) -> ModuleType:
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
+_SIGNAL_SET = 128
+"""Bytes of a set of signals on Linux, more than elsewhere; zeros are the empty one."""
+
 _running: list[object] = []
 """The server, held to the end of the process: see :func:`serve`."""
 
@@ -1180,25 +1185,28 @@ def _watch_signals() -> int:
     While the server loads no Python code can run, as the wheel holds the interpreter lock. So
     the signals keep their default action, which ends the process. Older wheels then
     install handlers of their own, and a signal that reaches one before the server's loop runs
-    is lost on the server. It is not lost here: all signals go to one thread, the others block
-    them, and whichever handler it runs, the library's or ours, its ``pause`` returns.
+    is lost on the server. It is not lost here: all threads block the signals, and one lets them
+    in while it waits for nothing else, so whichever handler it runs, the library's or ours, its
+    waiting ends. A signal that comes before it waits is kept until it does.
     """
     for number in _STOP:
         signal.signal(number, signal.SIG_DFL)
+    # Threads inherit it. Letting in and waiting is one step, or a signal might come in between.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     woken, waker = os.pipe()
-    pause = ctypes.CDLL(None).pause
+    suspend = ctypes.CDLL(None).sigsuspend
+    let_in = ctypes.create_string_buffer(_SIGNAL_SET)
     ready = threading.Event()
 
     def watch() -> None:
         ready.set()
-        pause()
+        suspend(let_in)
         os.write(waker, b".")
 
-    # Long enough that the thread reaches its pause before another one gets the lock.
+    # Long enough that the thread starts to wait before another one gets the lock.
     sys.setswitchinterval(10.0)
     threading.Thread(target=watch, daemon=True).start()
     ready.wait()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     return woken
 
 

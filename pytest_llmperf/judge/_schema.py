@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -24,6 +24,9 @@ Launch = tuple[float, ...]
 BUILD_KEYS = ("label", "number", "commit", "source", "sha256")
 MACHINE_KEYS = ("key", "gpu", "driver", "cpu", "os")
 RECORDED_KEYS = ("at", "by", "source")
+
+FAILURES = {"oom": "runs out of memory", "too-slow": "is too slow"}
+"""Kinds of failures that can be recorded, in words."""
 
 _DIGITS = 6
 _LABEL = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,63}")
@@ -53,6 +56,24 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """That a case cannot be measured, and why: recorded in the place of its results.
+
+    Attributes:
+        kind: One of :data:`FAILURES`.
+        what: What ran out, or how slow it is, in a few words: ``CUDA0 model buffer of 8984 MiB``.
+    """
+
+    kind: str
+    what: str
+
+    @property
+    def words(self) -> str:
+        """The failure for people: ``runs out of memory (CUDA0 model buffer of 8984 MiB)``."""
+        return f"{FAILURES[self.kind]} ({self.what})"
+
+
+@dataclass(frozen=True, slots=True)
 class Baseline:
     """Recorded launches of one build on one machine.
 
@@ -62,6 +83,7 @@ class Baseline:
         recorded: ``at`` (ISO date), ``by`` (``measured`` or ``published``), ``source``.
         results: For each case ``CONFIG/WORKLOAD`` what is recorded of each metric.
         fingerprints: For each case what must be equal for two results to be comparable.
+        failures: Cases ``CONFIG/WORKLOAD`` that cannot be measured; `results` have none of them.
     """
 
     build: Mapping[str, object]
@@ -69,6 +91,7 @@ class Baseline:
     recorded: Mapping[str, object]
     results: Mapping[str, Mapping[str, Recorded]]
     fingerprints: Mapping[str, Mapping[str, Scalar]]
+    failures: Mapping[str, Failure] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -130,7 +153,7 @@ def dump(baseline: Baseline) -> str:
         }
         for case, metrics in baseline.results.items()
     }
-    document = {
+    document: dict[str, object] = {
         "schema": SCHEMA,
         "build": baseline.build,
         "machine": baseline.machine,
@@ -138,6 +161,10 @@ def dump(baseline: Baseline) -> str:
         "results": results,
         "fingerprints": baseline.fingerprints,
     }
+    if baseline.failures:
+        document["failures"] = {
+            case: {"kind": one.kind, "what": one.what} for case, one in baseline.failures.items()
+        }
     return _text(document, 0) + "\n"
 
 
@@ -203,15 +230,19 @@ def parse(text: str, file: Path) -> Baseline:
             "update pytest-llmperf or record the baseline again"
         )
     needed = ("schema", "build", "machine", "recorded", "results")
-    _keys(top, place, (*needed, "fingerprints"), needed)
+    _keys(top, place, (*needed, "fingerprints", "failures"), needed)
     recorded = check_recorded(top["recorded"], place.at("recorded"))
     results = _results(top["results"], place.at("results"), str(recorded["by"]))
+    failures = _failures(top.get("failures", {}), place.at("failures"), results)
     return Baseline(
         build=check_build(top["build"], place.at("build")),
         machine=check_machine(top["machine"], place.at("machine")),
         recorded=recorded,
         results=results,
-        fingerprints=_fingerprints(top.get("fingerprints", {}), place.at("fingerprints"), results),
+        fingerprints=_fingerprints(
+            top.get("fingerprints", {}), place.at("fingerprints"), {**results, **failures}
+        ),
+        failures=failures,
     )
 
 
@@ -326,6 +357,29 @@ def _entry(name: str, value: object, place: Place, by: str) -> Recorded:
         launches=None if launches is None else check_launches(launches, place.at("launches")),
         value=_number(data["value"], place.at("value")),
     )
+
+
+def _failures(value: object, place: Place, results: Mapping[str, object]) -> dict[str, Failure]:
+    checked: dict[str, Failure] = {}
+    for case, failure in _mapping(value, place).items():
+        where = place.at(case)
+        check_case(case, where)
+        if case in results:
+            raise where.error("results have this case too: it was measured, or it failed")
+        checked[case] = check_failure(failure, where)
+    return checked
+
+
+def check_failure(value: object, place: Place) -> Failure:
+    """A checked failure of a case; ``BaselineError`` otherwise."""
+    data = _mapping(value, place)
+    _keys(data, place, ("kind", "what"), ("kind", "what"))
+    if data["kind"] not in FAILURES:
+        expected = ", ".join(map(repr, FAILURES))
+        raise place.at("kind").error(f"expected one of {expected}, got {data['kind']!r}")
+    if not isinstance(data["what"], str) or not data["what"].strip():
+        raise place.at("what").error(f"expected what ran out, in words, got {data['what']!r}")
+    return Failure(kind=str(data["kind"]), what=data["what"])
 
 
 def _fingerprints(

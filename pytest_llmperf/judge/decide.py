@@ -3,15 +3,16 @@
 ``compare_exact``       deterministic values
 ``compare_published``   launches measured now against a figure from a report
 
-and one for each verdict without a comparison: ``incomparable``, ``missing``, ``failed`` and
-``recorded``. Comparisons with statistics are in ``side_by_side``, ``stored`` and ``quality``.
+and one for each verdict without a comparison: ``incomparable``, ``missing``, ``failed``,
+``out_of_memory`` and ``recorded``. What cannot be measured is compared by ``still_fails`` and
+``works_now``. Comparisons with statistics are in ``side_by_side``, ``stored`` and ``quality``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import median
 
 from pytest_llmperf.judge._common import (
@@ -31,6 +32,7 @@ from pytest_llmperf.judge._common import (
     slack_text,
     without_logs,
 )
+from pytest_llmperf.judge._schema import Failure
 from pytest_llmperf.judge.chunks import Chunks, pooled
 from pytest_llmperf.judge.statistics import log_means
 from pytest_llmperf.judge.verdict import Outcome, Verdict
@@ -186,6 +188,51 @@ def missing(metric: Metric, reason: str) -> Verdict:
 def failed(metric: Metric, reason: str) -> Verdict:
     """The verdict where the metric could not be measured."""
     return _nothing(metric, Outcome.ERROR, reason, {})
+
+
+def out_of_memory(metric: Metric, reason: str) -> Verdict:
+    """The verdict where a server had too little memory to be measured."""
+    return _nothing(metric, Outcome.OOM, reason, {})
+
+
+def recorded_failure(metric: Metric, failure: Failure) -> Verdict:
+    """The verdict where it was written to a baseline that a case cannot be measured."""
+    reason = f"{metric.name} is not to be had, it {failure.words}: recorded, nothing compared"
+    return _nothing(metric, Outcome.RECORDED, reason, {"failed": asdict(failure)})
+
+
+def still_fails(metric: Metric, was: Failure, now: Failure, label: str) -> Verdict:
+    """The verdict where a case cannot be measured, and could not be with the baseline either.
+
+    Args:
+        metric: What was to be measured.
+        was: How it failed with the baseline.
+        now: How it fails now, of the same kind.
+        label: The baseline's.
+    """
+    same = was.what == now.what
+    then = "" if same else f"; with {label} it was {was.what}"
+    reason = f"it {now.words}, as recorded of {label}{then}"
+    ends: dict[str, object] = {"was": asdict(was), "failed": asdict(now)}
+    return _nothing(metric, Outcome.PASS, reason, ends)
+
+
+def works_now(metric: Metric, was: Failure, new: Launches, label: str) -> Verdict:
+    """The verdict where a case can be measured that could not be with the baseline.
+
+    Args:
+        metric: What was measured.
+        was: How it failed with the baseline.
+        new: Samples of each launch of the build under test, one at least.
+        label: The baseline's.
+    """
+    value = median([median(launch) for launch in new])
+    draft = Draft(metric, "none", metric.tolerance, [], new, new=value)
+    reason = (
+        f"{metric.name} is {value:.4g} {metric.unit}, and with {label} the case {was.words}: the "
+        "baseline is stale, record a new one with --update-baselines"
+    )
+    return draft.verdict(Outcome.IMPROVED, reason, {"mode": "none", "was": asdict(was)})
 
 
 def recorded(metric: Metric, new: Launches) -> Verdict:

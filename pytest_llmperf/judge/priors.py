@@ -8,6 +8,7 @@ need not be believed on how much they happen to.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +42,18 @@ class Priors:
     launches: Mapping[str, Prior] = field(default_factory=dict)
     about: str = ""
 
-    def block(self, metric: str) -> Prior | None:
-        """The prior of a block's log effect, None if it is not known."""
-        return self.blocks.get(metric)
+    def block(self, metric: str, *, paired: bool = True) -> Prior | None:
+        """The prior of a block's log effect, None if it is not known.
+
+        Args:
+            metric: Its name.
+            paired: Whether the builds take turns within a block. If not, nothing cancels, and a
+                block is the difference of two launches: its sd is that of one times sqrt(2).
+        """
+        if paired:
+            return self.blocks.get(metric)
+        launch = self.launches.get(metric)
+        return None if launch is None else Prior(launch.s0 * math.sqrt(2), launch.d0)
 
     def launch(self, metric: str) -> Prior | None:
         """The prior of a launch's log value, None if it is not known."""

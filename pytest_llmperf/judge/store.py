@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,12 +27,14 @@ from pytest_llmperf.errors import BaselineError
 from pytest_llmperf.files import expanded, replacing
 from pytest_llmperf.judge._schema import (
     Baseline,
+    Failure,
     Launch,
     Place,
     Recorded,
     Scalar,
     check_build,
     check_case,
+    check_failure,
     check_fingerprint,
     check_launches,
     check_machine,
@@ -50,6 +52,7 @@ from pytest_llmperf.metrics import METRICS
 __all__ = [
     "Baseline",
     "Change",
+    "Failure",
     "Measured",
     "Recorded",
     "dump",
@@ -83,10 +86,12 @@ class Measured:
         metrics: Samples of each launch, for each metric, in the metric's unit. Metrics with as
             many launches as each other come from the same launches, in the same order. Of a
             quality metric the values of each chunk of one pass, all of them.
+        failed: Why it could not be measured; then `metrics` do not count.
     """
 
     fingerprint: Mapping[str, Scalar]
     metrics: Mapping[str, Sequence[Sequence[float]]]
+    failed: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +100,13 @@ class Change:
 
     Attributes:
         case: ``CONFIG/WORKLOAD``.
-        metric: Name of the metric.
+        metric: Name of the metric, ``""`` for a failure of the case.
         old: Value before, None if there was none.
         new: Value after, None if the metric was dropped with its outdated fingerprint.
         launches_before: Launches before, chunks of a quality metric.
         launches_after: Launches after, likewise.
         replaced: The fingerprint differed, so older launches were discarded.
+        failed: The failure that was recorded, in words; ``""`` for none.
     """
 
     case: str
@@ -110,6 +116,7 @@ class Change:
     launches_before: int
     launches_after: int
     replaced: bool
+    failed: str = ""
 
 
 def load(path: Path) -> Baseline:
@@ -166,6 +173,9 @@ def update(
     The chunks of a quality metric are those of one pass: they replace the ones that the file holds,
     and the value is that of the whole pass.
 
+    A failure takes the place of a case's results, and results that of its failure. But results
+    that were measured under the same conditions stay: memory was short for another reason then.
+
     Args:
         path: ``BUILD/MACHINE.json``.
         build: As in the file; ``label`` at least.
@@ -180,7 +190,8 @@ def update(
 
     Raises:
         BaselineError: A value that the file cannot hold, a file that holds published figures,
-            another build or another machine, or a file or lock that cannot be had.
+            another build or another machine, a failure of what was measured under the same
+            conditions, or a file or lock that cannot be had.
     """
     place = Place(path)
     build = check_build(build, place.at("build"))
@@ -200,16 +211,20 @@ def update(
             _check_same(old, build, machine, place)
             results = {case: dict(metrics) for case, metrics in old.results.items()}
             fingerprints = {case: dict(entry) for case, entry in old.fingerprints.items()}
-            changes = [
-                change
-                for case in sorted(checked)
-                for change in _merge(case, checked[case], results, fingerprints, most_launches)
-            ]
+            failures = dict(old.failures)
+            new = Baseline(build, machine, recorded, results, fingerprints, failures)
+            changes = []
+            for case in sorted(checked):
+                if checked[case].failed is not None:
+                    where = place.at("results").at(case)
+                    changes += _fail(case, checked[case], results, fingerprints, failures, where)
+                elif merged := _merge(case, checked[case], results, fingerprints, most_launches):
+                    failures.pop(case, None)
+                    changes += merged
             # Also where nothing else changed: one may be lost or damaged.
             for case, kept in references.items():
                 keep_reference(path, case, kept)
             if changes:
-                new = Baseline(build, machine, recorded, results, fingerprints)
                 write_atomic(path, dump(new))
                 named = {str(entry.get("reference", "")) for entry in fingerprints.values()}
                 drop_references(path, named)
@@ -220,7 +235,7 @@ def update(
 
 def stale(baseline: Baseline, cases: Collection[str]) -> list[str]:
     """The cases in a baseline that the suite file no longer makes, sorted."""
-    return sorted(set(baseline.results) - set(cases))
+    return sorted({*baseline.results, *baseline.failures} - set(cases))
 
 
 def find(folder: Path, name: str, machine_key: str) -> Path | None:
@@ -315,7 +330,9 @@ def _checked(case: str, entry: Measured, place: Place, most: int) -> Measured:
         else:
             checked = checked[-most:]
         metrics[name] = tuple(tuple(rounded(v) for v in one) for one in checked)
-    return Measured(fingerprint, metrics)
+    if entry.failed is not None:
+        check_failure(asdict(entry.failed), place.at("failed"))
+    return Measured(fingerprint, metrics, entry.failed)
 
 
 def _is_pass(name: str) -> bool:
@@ -401,6 +418,44 @@ def _merge(
         results[case] = after
         fingerprints[case] = dict(entry.fingerprint)
     return changes
+
+
+def _fail(  # noqa: PLR0917 - one case, and the parts of a file it changes
+    case: str,
+    entry: Measured,
+    results: dict[str, dict[str, Recorded]],
+    fingerprints: dict[str, dict[str, Scalar]],
+    failures: dict[str, Failure],
+    place: Place,
+) -> list[Change]:
+    """Put a failure in the place of a case's results; returns what changed.
+
+    Raises:
+        BaselineError: They were measured under the same conditions.
+    """
+    failed = entry.failed
+    # What was not asked has no prompt.
+    kept, now = (
+        {name: value for name, value in one.items() if name != "prompt"}
+        for one in (fingerprints.get(case, {}), entry.fingerprint)
+    )
+    before = results.get(case, {})
+    if before and kept == now:
+        raise place.error(
+            "launches of it were recorded under the same conditions, and now it "
+            f"{'' if failed is None else failed.words}: find out what else takes memory or time, "
+            "or delete the case to record that"
+        )
+    if failed is None or (failures.get(case) == failed and kept == now):
+        return []
+    results.pop(case, None)
+    failures[case] = failed
+    fingerprints[case] = dict(entry.fingerprint)
+    dropped = [_change(case, name, before[name], None, replaced=True) for name in sorted(before)]
+    return [
+        *dropped,
+        Change(case, "", None, None, 0, 0, replaced=bool(before), failed=failed.words),
+    ]
 
 
 def _median(values: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ class Outcome(enum.StrEnum):
     REGRESSION = "REGRESSION"
     INCOMPARABLE = "INCOMPARABLE"
     MISSING = "MISSING"
+    OOM = "OOM"
     ERROR = "ERROR"
     RECORDED = "RECORDED"
 
@@ -37,7 +38,7 @@ class Outcome(enum.StrEnum):
 
 
 _FAILING = frozenset(
-    {Outcome.REGRESSION, Outcome.INCOMPARABLE, Outcome.MISSING, Outcome.ERROR},
+    {Outcome.REGRESSION, Outcome.INCOMPARABLE, Outcome.MISSING, Outcome.OOM, Outcome.ERROR},
 )
 
 

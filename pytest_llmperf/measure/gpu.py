@@ -89,6 +89,37 @@ def vram_mib(pids: Collection[int]) -> dict[int, float]:
     return held
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Memory that a process holds on a GPU, MiB; 0 where NVML does not tell how much."""
+
+    gpu: int
+    pid: int
+    mib: float
+
+
+def holders() -> list[Held]:
+    """Return the processes that NVML knows to hold memory on a GPU, by compute or graphics."""
+    nvml = _nvml()
+    found: dict[tuple[int, int], Held] = {}
+    if nvml is None:
+        return []
+    for gpu in gpus():
+        handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+        for ask in (
+            nvml.nvmlDeviceGetComputeRunningProcesses,
+            nvml.nvmlDeviceGetGraphicsRunningProcesses,
+        ):
+            try:
+                running = ask(handle)
+            except nvml.NVMLError:
+                continue
+            for one in running:
+                held = Held(gpu.index, one.pid, (one.usedGpuMemory or 0) / _MIB)
+                found.setdefault((gpu.index, one.pid), held)
+    return list(found.values())
+
+
 def free_mib() -> dict[int, float]:
     """Return the free memory of each GPU in MiB, by index; only GPUs with memory of their own."""
     nvml = _nvml()

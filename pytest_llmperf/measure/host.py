@@ -11,11 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
+
+from pytest_llmperf.serve.process import server_pids
 
 UNSTEADY = 0.25
 """Relative change within one launch that counts as drift, or as scatter if a third of the samples
@@ -31,6 +34,7 @@ class _Reading:
     busy: float
     steal: float
     used: Mapping[int, tuple[str, float]]
+    ended: float
     throttled: int
 
 
@@ -76,7 +80,8 @@ class Watch:
         spent = {
             pid: used - begin.used.get(pid, ("", 0.0))[1] for pid, (_, used) in end.used.items()
         }
-        mine = sum(used for pid, used in spent.items() if pid in ours)
+        # What ended meanwhile, such as a llama-bench that is done, was ours too.
+        mine = sum(used for pid, used in spent.items() if pid in ours) + end.ended - begin.ended
         busy = end.busy - begin.busy
         steal = (end.steal - begin.steal) / seconds
         others = {pid: used for pid, used in spent.items() if pid not in ours and used > 0}
@@ -108,13 +113,20 @@ def _read() -> _Reading:
         busy=sum(times) - idle - twice,
         steal=getattr(times, "steal", 0.0),
         used=used,
+        ended=os.times().children_user + os.times().children_system,
         throttled=_throttled(),
     )
 
 
 def _ours() -> set[int]:
     me = psutil.Process()
-    return {me.pid, *(child.pid for child in me.children(recursive=True))}
+    ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
+    # A container's processes descend from its engine, not from us.
+    for pid in server_pids() - ours:
+        with suppress(psutil.Error):
+            server = psutil.Process(pid)
+            ours |= {pid, *(child.pid for child in server.children(recursive=True))}
+    return ours
 
 
 def _throttled() -> int:

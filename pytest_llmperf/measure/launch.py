@@ -12,12 +12,16 @@ from pathlib import Path
 import psutil
 
 from pytest_llmperf.errors import CheckError
+from pytest_llmperf.measure.asking import Askings
 from pytest_llmperf.measure.gpu import vram_mib
 from pytest_llmperf.measure.logfacts import LogFacts, read_log
-from pytest_llmperf.measure.prompts import Script, write_script
+from pytest_llmperf.measure.prompts import Request, Script
+from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
-from pytest_llmperf.serve.client import Reply
+from pytest_llmperf.serve.client import Limit
 from pytest_llmperf.serve.launch import Server, server_options
+from pytest_llmperf.serve.ollama import memory_mib, with_digest
+from pytest_llmperf.serve.stream import Reply
 
 PROTOCOL = 1
 """Raised when the way of measuring changes so that older results no longer compare."""
@@ -26,6 +30,9 @@ Samples = dict[str, list[float]]
 """Metric name to one value a sample."""
 
 _MIB = 1024 * 1024
+_SHARED = 32
+_SALT = 8
+"""How far two prompts may be apart that differ in a number of eight digits, in tokens."""
 _PROBE = Workload("probe", (Turn(prompt=512, generate=16),))
 """Sent once to every fresh server before anything is measured.
 
@@ -46,7 +53,9 @@ class Launch:
         started: Unix time.
         samples: Workload name to samples; :data:`LAUNCH` for what the start itself shows.
         facts: What the log tells about memory.
-        vram: MiB by GPU index, empty where not known.
+        vram: MiB by GPU index, as NVML tells it; empty where it does not.
+        vram_by_log: Whether the GPU memory is the sum of the buffers that the log tells, for
+            devices that NVML does not know; it lacks what the backend itself needs.
         requests: Requests answered, warm-ups included.
         digests: Workload name to the digest of its token ids.
         model: Name of the model file, as the server tells it.
@@ -62,10 +71,20 @@ class Launch:
     samples: dict[str, Samples] = field(default_factory=dict)
     facts: LogFacts | None = None
     vram: Mapping[int, float] = field(default_factory=dict)
+    vram_by_log: bool = False
     requests: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     model: str = ""
     disturbed: str = ""
+
+
+def text_tokens(server: Server) -> list[int]:
+    """Return the shipped text as the server cuts it; nothing where it does not show its tokens.
+
+    Raises:
+        ServerError: If the server cannot.
+    """
+    return server.client.tokenize(text()) if server.build.api == "llama-server" else []
 
 
 class Session:
@@ -73,20 +92,21 @@ class Session:
 
     Args:
         server: Ready server.
-        tokens: Ids of the shipped text under the model's tokenizer.
+        tokens: Ids of the shipped text under the model's tokenizer, see :func:`text_tokens`.
     """
 
     def __init__(self, server: Server, tokens: list[int]) -> None:
         self.server = server
-        self._tokens = tokens
+        self._askings = Askings(server, tokens)
         self._scripts: dict[str, Script] = {}
+        self._counts: dict[tuple[str, int], int] = {}
         self.launch = Launch(
             build=server.build.label,
             config=server.config.name,
             command=server.shown_command,
             log=str(server.log or ""),
             started=time.time(),
-            model=Path(str(server.props.get("model_path", ""))).name,
+            model=server.build.model or Path(str(server.props.get("model_path", ""))).name,
         )
 
     def settle(self) -> None:
@@ -98,7 +118,12 @@ class Session:
         """
         room = self.context()
         prompt = min(_PROBE.tokens - 16, max(room - 24, 1)) if room else 512
-        self._ask(write_script(Workload("probe", (Turn(prompt, 16),)), self._tokens), "probe")
+        if (unseen := self._askings.unseen) is not None:
+            unseen.calibrate()
+            self.launch.requests += 1
+        else:
+            probe = Workload("probe", (Turn(prompt, 16),))
+            self._ask(self._askings.of(probe).script(probe), "probe")
         launch = self.launch
         samples: Samples = {}
         if self.server.load_ms is not None:
@@ -117,8 +142,14 @@ class Session:
         if self.server.pid is not None and (tree := process_tree(self.server.pid)):
             samples["rss_mib"] = [rss_mib(tree)]
             launch.vram = vram_mib([process.pid for process in tree])
-            if launch.vram:
-                samples["vram_mib"] = [sum(launch.vram.values())]
+            launch.vram_by_log = not launch.vram and bool(facts.gpu_mib)
+            if on_gpu := sum((launch.vram or facts.gpu_mib).values()):
+                samples["vram_mib"] = [on_gpu]
+        elif self.server.build.api == "ollama":
+            client, model = self.server.client, self.server.build.model
+            launch.model = with_digest(client.get("/api/tags"), model)
+            if (held := memory_mib(client.get("/api/ps"), model)) is not None:
+                samples["vram_mib"] = [held]
         launch.samples[LAUNCH] = samples
 
     def context(self) -> int:
@@ -127,8 +158,15 @@ class Session:
         value = settings.get("n_ctx", 0) if isinstance(settings, dict) else 0
         return int(value) if isinstance(value, int | float) else 0
 
+    def _asked_context(self) -> int:
+        """Return the context that each request asks for, 0 where none does."""
+        asked = self.server.config.options.get("ctx-size")
+        return asked if isinstance(asked, int) and self.server.build.api == "ollama" else 0
+
     def slots(self) -> int:
         """Return how many requests are answered at once, 0 where neither server nor config says."""
+        if self.server.build.api != "llama-server":
+            return 0
         value = self.server.props.get("total_slots")
         if not isinstance(value, int):
             value = server_options(self.server.build, self.server.config).get("parallel")
@@ -142,23 +180,25 @@ class Session:
             CheckError: If the server has too few slots for them, or too little context.
         """
         if workload.name not in self._scripts:
-            config, slots, room = self.server.config.name, self.slots(), self.context()
+            config, slots = self.server.config.name, self.slots()
+            room = self.context() or self._asked_context()
             if slots and workload.parallel > slots:
                 raise CheckError(
                     f"workload {workload.name} sends {workload.parallel} requests at once, config "
                     f"{config} has slots for {slots}: set parallel = {workload.parallel} in its "
                     "options, and ctx-size to as many times the context of one"
                 )
+            script = self._askings.of(workload).script(workload)
             options = server_options(self.server.build, self.server.config)
             # Slots have a context each, unless they share the one that the server tells.
             sharing = workload.parallel if options.get("kv-unified") is True else 1
-            need = workload.tokens * sharing
+            need = max(script.tokens, workload.tokens) * sharing
             if room and need > room:
                 raise CheckError(
                     f"workload {workload.name} needs {need} tokens of context, config "
                     f"{config} has {room}: raise ctx-size or shorten the workload"
                 )
-            script = self._scripts[workload.name] = write_script(workload, self._tokens)
+            self._scripts[workload.name] = script
             self.launch.digests[workload.name] = script.digest
         return self._scripts[workload.name]
 
@@ -186,43 +226,62 @@ class Session:
 
     def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float]:
         """Send the requests, round by round; return the replies and the rounds' milliseconds."""
+        workload, client = script.workload, self.server.client
+        asking = self._askings.of(workload)
+        limit = Limit.of(workload.limit)
         replies: list[Reply] = []
         wall_ms = 0.0
         for requests in script.rounds:
             names = [
                 f"{self.server.config.name} on {self.server.build.label}: {purpose}, request "
-                f"{number} of {len(script.requests)} (prompt {len(request.prompt)}, "
-                f"generate {request.generate} tokens)"
+                f"{number} of {len(script.requests)} ({_shown(request, workload)})"
                 for number, request in enumerate(requests, start=len(replies) + 1)
             ]
-            taken, ms = self.server.client.complete_together(
-                [(r.prompt, r.generate, what) for r, what in zip(requests, names, strict=True)]
+            for slot, (request, what) in enumerate(zip(requests, names, strict=True)):
+                if request.depth:
+                    tokens = request.prompt[: request.depth]
+                    client.prime(tokens, f"{what}, before the clock starts", slot=slot, limit=limit)
+            taken, ms = client.ask(
+                [
+                    asking.ask(request, what, slot, workload)
+                    for slot, (request, what) in enumerate(zip(requests, names, strict=True))
+                ],
+                limit,
             )
             for request, reply, what in zip(requests, taken, names, strict=True):
-                check(reply, len(request.prompt), request.generate, what)
+                key = (workload.name, len(replies))
+                check(reply, request, what, self._counts.get(key))
+                # What nobody tells beforehand is known from the first answer.
+                self._counts.setdefault(key, reply.prompt_n + (reply.cache_n or 0))
+                replies.append(reply)
                 self.launch.requests += 1
-            replies += taken
             wall_ms += ms
         return replies, wall_ms
 
 
-def check(reply: Reply, prompt: int, generate: int, what: str) -> None:
-    """Refuse an answer that is not the cold, full-length work that was asked for.
+def _shown(request: Request, workload: Workload) -> str:
+    depth = f"depth {request.depth}, " if request.depth else ""
+    prompt: str = str(len(request.prompt) - request.depth) if request.prompt else "of unseen tokens"
+    picture = f" and a picture of {workload.image} pixels" if workload.image else ""
+    return f"{depth}prompt {prompt}{picture}, generate {request.generate} tokens"
+
+
+def check(reply: Reply, request: Request, what: str, known: int | None = None) -> None:
+    """Refuse an answer that is not the full-length work that was asked for.
 
     Args:
         reply: The answer.
-        prompt: Prompt tokens sent.
-        generate: Tokens asked for.
+        request: What was asked for.
         what: Names the request.
+        known: Prompt tokens of an earlier answer to it, where nobody tells them beforehand.
 
     Raises:
-        CheckError: If tokens came from a cache, are missing, or the context overflowed.
+        CheckError: If more or fewer tokens came from a cache than lay there on purpose, tokens are
+            missing, or the context overflowed.
     """
-    wrong = []
-    if reply.cache_n != 0:
-        wrong.append(f"{reply.cache_n} prompt tokens came from a cache")
-    if reply.prompt_n != prompt:
-        wrong.append(f"{reply.prompt_n} of {prompt} prompt tokens were evaluated")
+    generate = request.generate
+    prompt = _wrong_prompt if request.prompt else _wrong_unseen_prompt
+    wrong = prompt(reply, request, known)
     if reply.predicted_n != generate:
         wrong.append(f"{reply.predicted_n} of {generate} tokens were generated")
     if reply.stop_type != "limit":
@@ -233,6 +292,34 @@ def check(reply: Reply, prompt: int, generate: int, what: str) -> None:
         wrong.append("its timings are not positive")
     if wrong:
         raise CheckError(f"{what}: not a measurement: {'; '.join(wrong)}")
+
+
+def _wrong_prompt(reply: Reply, request: Request, known: int | None) -> list[str]:
+    """Return what is wrong with how a prompt was evaluated whose tokens are known."""
+    wrong = []
+    prompt = len(request.prompt) - request.depth
+    if reply.cache_n != request.depth:
+        meant = f", not {request.depth}" if request.depth else ""
+        wrong.append(f"{reply.cache_n} prompt tokens came from a cache{meant}")
+    if request.counted and reply.prompt_n != prompt:
+        wrong.append(f"{reply.prompt_n} of {prompt} prompt tokens were evaluated")
+    if request.pictured and reply.prompt_n <= prompt:
+        wrong.append(f"the picture made no tokens: {reply.prompt_n} were evaluated")
+    if request.pictured and known is not None and reply.prompt_n != known:
+        wrong.append(f"{reply.prompt_n} prompt tokens were evaluated, and {known} before")
+    return wrong
+
+
+def _wrong_unseen_prompt(reply: Reply, _request: Request, known: int | None) -> list[str]:
+    """Return what is wrong with how a prompt was evaluated by a server that hides its tokens."""
+    wrong = []
+    # The first words of a template may be in the cache of a server that we cannot switch off.
+    if reply.cache_n is not None and reply.cache_n > _SHARED:
+        wrong.append(f"{reply.cache_n} prompt tokens came from a cache")
+    sent = reply.prompt_n + (reply.cache_n or 0)
+    if known is not None and abs(sent - known) > _SALT:
+        wrong.append(f"its prompt has {sent} tokens, and had {known} before")
+    return wrong
 
 
 def timings(replies: list[Reply]) -> dict[str, float]:

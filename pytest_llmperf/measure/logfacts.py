@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 _LOADED = re.compile(r"loaded meta data with .* tensors from (.+?)(?: \(version GGUF .*)?$")
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
-# `splits = 2` or, for two sizes of batch, `splits = 66 (with bs=512), 3 (with bs=1)`.
-_SPLITS = re.compile(r"graph(?::.*?)? splits = (\d+)(?: \(with bs=\d+\), (\d+))?")
+# `splits = 2` or, for two sizes of batch, `splits = 66 (with bs=512), 3 (with bs=1)`, which b11434
+# writes as `graph (pp bs=512, tg bs=1): nodes = 111 / 111, splits = 66 / 3, ...`.
+_SPLITS = re.compile(r"graph\b.*?\bsplits = (\d+)(?:(?: / | \(with bs=\d+\), )(\d+))?")
+_HOST = re.compile(r"^(?:CPU|AMX|BLAS)|_Host$")
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 
 
@@ -34,6 +36,15 @@ class LogFacts:
     layers: int | None
     graph_splits: int | None
     devices: dict[str, float]
+
+    @property
+    def gpu_mib(self) -> dict[str, float]:
+        """MiB by device, only those that are no memory of the CPU's own.
+
+        ``CPU``, ``CPU_Mapped``, ``CPU_REPACK`` and ``AMX`` are, and so is what a GPU reads from
+        there: ``CUDA_Host``, ``Vulkan_Host``.
+        """
+        return {name: mib for name, mib in self.devices.items() if not _HOST.search(name)}
 
 
 _GROUP = {"model": "model", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}

@@ -1,33 +1,53 @@
-"""The token ids that a workload's requests are made of."""
+"""What a workload's requests are made of: token ids, or messages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pytest_llmperf.errors import CheckError
 from pytest_llmperf.plan.config import Workload
+from pytest_llmperf.serve.ask import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: ``prompt`` token ids, and the tokens to ``generate``."""
+    """One request.
+
+    Attributes:
+        prompt: Token ids, with those that lie in the cache already; of a chat those that the
+            server's template makes of it, without those of a picture. Empty where nobody tells.
+        generate: Tokens to generate.
+        depth: How many of the prompt's tokens lie in the cache when the clock starts.
+        messages: The chat, empty for a plain prompt.
+        text: The prompt as text, for a server that takes no token ids.
+        pictured: Whether a picture makes prompt tokens of its own.
+    """
 
     prompt: tuple[int, ...]
     generate: int
+    depth: int = 0
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    pictured: bool = False
+
+    @property
+    def counted(self) -> bool:
+        """Whether all prompt tokens are known before it is sent."""
+        return bool(self.prompt) and not self.pictured
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A workload as requests of fixed token ids.
+    """A workload as fixed requests.
 
     Attributes:
         workload: What it was made from.
         requests: One a turn and parallel conversation, turns outermost; each prompt begins with
             its whole conversation so far.
-        digest: Short hash of all token ids; two results with different ones differ in input.
+        digest: Short hash of all that is sent; two results with different ones differ in input.
     """
 
     workload: Workload
@@ -42,6 +62,11 @@ class Script:
             self.requests[begin : begin + at_once]
             for begin in range(0, len(self.requests), at_once)
         )
+
+    @property
+    def tokens(self) -> int:
+        """Context that one conversation needs at least, in tokens."""
+        return max(len(request.prompt) + request.generate for request in self.requests)
 
 
 def write_script(workload: Workload, tokens: Sequence[int]) -> Script:
@@ -71,8 +96,44 @@ def write_script(workload: Workload, tokens: Sequence[int]) -> Script:
     requests = []
     end = 0
     for turn in workload.turns:
-        end += turn.prompt
-        requests += [Request(tuple(stream[at : at + end]), turn.generate) for at in starts]
+        end += turn.depth + turn.prompt
+        requests += [
+            Request(tuple(stream[at : at + end]), turn.generate, turn.depth) for at in starts
+        ]
         end += turn.generate
-    ids = json.dumps([[list(r.prompt), r.generate] for r in requests])
-    return Script(workload, tuple(requests), hashlib.sha256(ids.encode()).hexdigest()[:16])
+    return Script(
+        workload, tuple(requests), digest_of([[list(r.prompt), r.generate] for r in requests])
+    )
+
+
+Cut = Callable[[int, int, int], str]
+"""Returns text: of the conversation of this number, from this token on, so many tokens."""
+
+
+def write_chats(workload: Workload, cut: Cut) -> list[tuple[list[Message], int]]:
+    """Return the messages of a workload's requests, each with the tokens to generate.
+
+    The order is that of :class:`Script`, and so is where the answers in the history come from.
+
+    Args:
+        workload: Turns with their lengths.
+        cut: Gives the text of messages.
+    """
+    talks: list[list[Message]] = [[] for _ in range(workload.parallel)]
+    found: list[tuple[list[Message], int]] = []
+    at = answered = 0
+    for turn in workload.turns:
+        for number, talk in enumerate(talks):
+            if answered:
+                answer = cut(number, at - answered, answered)
+                talk.append({"role": "assistant", "content": answer})
+            talk.append({"role": "user", "content": cut(number, at, turn.prompt)})
+            found.append(([*talk], turn.generate))
+        answered = turn.generate
+        at += turn.prompt + answered
+    return found
+
+
+def digest_of(sent: object) -> str:
+    """Return a short hash of what is sent, given as JSON takes it."""
+    return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()[:16]

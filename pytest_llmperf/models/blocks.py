@@ -6,7 +6,7 @@ the decoded values have mean 0 and the standard deviation that is asked for. Wha
 encoder would never write is not written here either.
 
 The layouts are those of ``ggml-common.h``: ``block_q4_0``, ``block_q8_0``, ``block_q4_K``,
-``block_q5_K`` and ``block_q6_K``.
+``block_q5_K``, ``block_q6_K`` and ``block_mxfp4``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "Q5_K": (256, 176),
         "Q4_K": (256, 144),
         "Q4_0": (32, 18),
+        "MXFP4": (32, 17),
     }
 )
 """Values and bytes of a block, by type."""
@@ -43,6 +44,10 @@ _Q8_SQUARE = 2 * sum(n * n for n in range(1, 128)) / 256  # -128 is made 0
 _Q4_SQUARE = sum(n * n for n in range(-8, 8)) / 16
 _Q6_SQUARE = sum(n * n for n in range(-32, 32)) / 64
 _SCALE_SQUARE = sum(n * n for n in range(4, 8)) / 4
+_FP4_SQUARE = sum(n * n for n in (0, 1, 2, 3, 4, 6, 8, 12)) / 8  # of either sign
+
+_E8M0_BIAS = 128
+"""Exponent that stands for 1, for the values above: twice those of FP4."""
 
 
 class Source(Protocol):
@@ -79,7 +84,10 @@ def random_blocks(kind: str, count: int, deviation: float, source: Source) -> Bl
 
 
 def single_blocks(kind: str, values: NDArray[np.float64]) -> Blocks:
-    """Return a block for each value: the value, as near as 16 bits come, then zeros."""
+    """Return a block for each value: the value, as near as 16 bits come, then zeros.
+
+    MXFP4 is not among the types: the scale of a block is a power of two.
+    """
     blocks = np.zeros((len(values), BLOCKS[kind][1]), np.uint8)
     scale = np.asarray(values, "<f2").reshape(-1, 1).view(np.uint8)
     _SINGLE[kind](blocks, scale)
@@ -158,6 +166,16 @@ def _q6_k(blocks: Blocks, deviation: float) -> Blocks:
     return blocks
 
 
+def _mxfp4(blocks: Blocks, deviation: float) -> Blocks:
+    # A scale is a power of two, so some blocks take the one below what is asked for and some the
+    # one above, as many as give the mean square.
+    fraction, exponent = math.frexp(deviation / math.sqrt(_FP4_SQUARE))
+    above = ((2 * fraction) ** 2 - 1) / 3
+    drawn = blocks[:, 0]
+    drawn[:] = (drawn < round(above * 256)) + np.uint8(exponent - 1 + _E8M0_BIAS)
+    return blocks
+
+
 _DRAWN: Mapping[str, Callable[[Blocks, float], Blocks]] = MappingProxyType(
     {
         "F16": _f16,
@@ -166,6 +184,7 @@ _DRAWN: Mapping[str, Callable[[Blocks, float], Blocks]] = MappingProxyType(
         "Q5_K": _q5_k,
         "Q4_K": _q4_k,
         "Q4_0": _q4_0,
+        "MXFP4": _mxfp4,
     }
 )
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from pytest_llmperf.errors import ModelError
 from pytest_llmperf.files import expanded
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.plan.model import Model
 
 _log = logging.getLogger(__name__)
@@ -157,6 +158,27 @@ def check_sha256(
             f"model `{model.name}`: {path} has sha256 {found}, the suite file says "
             f"{model.sha256}: fetch the file again, or correct `sha256`"
         )
+
+
+def files_of(
+    config: Config, models: Mapping[str, Model], find: Callable[[str], Path]
+) -> ModelFiles:
+    """Return all files that a server of a config loads.
+
+    Args:
+        config: Names the model, and the one that drafts for it.
+        models: Those of the suite file by name; a model names its projector.
+        find: Finds or makes the file of a model by name.
+
+    Raises:
+        ModelError: What ``find`` raises.
+    """
+    projector = models[config.model].projector
+    return ModelFiles(
+        main=find(config.model),
+        draft=find(config.draft) if config.draft else None,
+        projector=find(projector) if projector else None,
+    )
 
 
 def _quantized(

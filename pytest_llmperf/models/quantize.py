@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
@@ -28,17 +27,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from pytest_llmperf.errors import ModelError
-from pytest_llmperf.files import replacing
 from pytest_llmperf.models.locate import parts, sha256
+from pytest_llmperf.models.once import make_once
 from pytest_llmperf.plan.model import FLOATS
 
 _Bytes: TypeAlias = NDArray[np.uint8]
-
-_log = logging.getLogger(__name__)
 
 GENERATION = 1
 """Part of a file's name. Goes up with every change here that changes the files."""
@@ -85,21 +81,7 @@ def quantize_model(source: Path, kind: str, cache: Path) -> Path:
     digest = hashlib.sha256(json.dumps([GENERATION, parent, kind, version]).encode()).hexdigest()
     name = re.sub(r"-\d{5}-of-\d{5}\Z", "", source.stem)
     target = cache.absolute() / "models" / f"{name}-{kind}-{digest[:12]}.gguf"
-    if target.is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):
-            if not target.is_file():
-                _log.info("making %s from %s", target, source)
-                with replacing(target) as file:
-                    _run(source.absolute(), Path(file.name), kind)
-    except OSError as error:
-        raise ModelError(
-            f"cannot make the model {target}: {error.strerror or error}; "
-            "free some space or choose another cache folder"
-        ) from error
-    return target
+    return make_once(target, lambda path: _run(source.absolute(), path, kind))
 
 
 def _wheel_version() -> str:

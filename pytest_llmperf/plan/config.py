@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pytest_llmperf.plan.options import OptionValue
@@ -29,6 +30,8 @@ class BuildEntry:
         options: Server options added to every config on this build only.
         env: Environment variables its servers get.
         help: One line for people.
+        run: Further flags of the container engine's ``run``.
+        program: Program of a container that is run instead of its entry point.
     """
 
     name: str
@@ -37,6 +40,8 @@ class BuildEntry:
     options: Mapping[str, OptionValue] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     help: str = ""
+    run: tuple[str, ...] = ()
+    program: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Config:
             distributions; ``""`` for its own answers on the baseline's build.
         budgets: Quality metric to the value, in its unit, that must not be exceeded whatever the
             baseline.
+        draft: A name in ``[models]``: the model that drafts for this one; ``""`` for none.
     """
 
     name: str
@@ -68,6 +74,27 @@ class Config:
     reference: str = ""
     against: str = ""
     budgets: Mapping[str, float] = field(default_factory=dict)
+    draft: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The files that one server loads.
+
+    Attributes:
+        main: The model; of a split one, its first part.
+        draft: The model that drafts for it, if there is one.
+        projector: What makes tokens of images for it, if there is one.
+    """
+
+    main: Path
+    draft: Path | None = None
+    projector: Path | None = None
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every file, the model first."""
+        return tuple(path for path in (self.main, self.draft, self.projector) if path is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +104,20 @@ class Turn:
     Attributes:
         prompt: New prompt tokens of this turn; earlier turns and their answers come before.
         generate: Tokens to generate, exactly.
+        depth: Tokens before the prompt that lie in the cache already when the clock starts.
     """
 
     prompt: int
     generate: int
+    depth: int = 0
+
+
+Api = Literal["completion", "chat"]
+"""How a server is asked: token ids to ``/completion``, or messages to ``/v1/chat/completions``,
+where its chat template makes the prompt."""
+
+Tool = Literal["llama-server", "llama-bench"]
+"""Which program of a build does the work of a workload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +130,55 @@ class Workload:
         help: One line for people.
         parallel: Conversations held at once, each of these lengths, of its own text and in a slot
             of its own; the next turn is sent once all have their answers.
+        api: How the server is asked.
+        thinking: For the chat template: whether the model is to think first; None leaves it to
+            the template.
+        image: Width and height, in pixels, of a picture that is sent along; 0 for none.
+        tool: The program that does the work; the tokens of llama-bench are random ones.
+        limit: Most seconds that one sample may take; past it, it counts as too slow to measure.
+            0 for no limit.
     """
 
     name: str
     turns: tuple[Turn, ...]
     help: str = ""
     parallel: int = 1
+    api: Api = "completion"
+    thinking: bool | None = None
+    image: int = 0
+    tool: Tool = "llama-server"
+    limit: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Context the last turn of one conversation needs, in tokens."""
-        return sum(turn.prompt + turn.generate for turn in self.turns)
+        return sum(turn.depth + turn.prompt + turn.generate for turn in self.turns)
 
     def digest(self) -> str:
-        """Return a short hash of the lengths and of ``parallel``, for the fingerprint."""
-        lengths = [[turn.prompt, turn.generate] for turn in self.turns]
-        # One at a time is left unsaid: the baselines from before there was a choice stay valid.
-        shape = json.dumps(lengths if self.parallel == 1 else [lengths, self.parallel])
-        return hashlib.sha256(shape.encode()).hexdigest()[:16]
+        """Return a short hash of all that changes the work, for the fingerprint."""
+        lengths = [
+            [turn.prompt, turn.generate, *([turn.depth] if turn.depth else [])]
+            for turn in self.turns
+        ]
+        # What is at its default is left unsaid: baselines from before there was a choice stay
+        # valid.
+        more: dict[str, object] = {
+            name: value
+            for name, value, default in (
+                ("api", self.api, "completion"),
+                ("thinking", self.thinking, None),
+                ("image", self.image, 0),
+                ("tool", self.tool, "llama-server"),
+            )
+            if value != default
+        }
+        shape: list[object] = [lengths]
+        if self.parallel != 1 or more:
+            shape.append(self.parallel)
+        if more:
+            shape.append(more)
+        told = json.dumps(shape if len(shape) > 1 else lengths, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 PassPath = Literal["auto", "tool", "server"]
@@ -170,6 +238,11 @@ class Case:
     def _what(self) -> str:
         what = self.workload or self.corpus_pass
         return "" if what is None else what.name
+
+    @property
+    def tool(self) -> Tool:
+        """The program that does the work."""
+        return "llama-server" if self.workload is None else self.workload.tool
 
     @property
     def id(self) -> str:

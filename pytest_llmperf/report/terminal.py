@@ -12,7 +12,15 @@ from pytest_llmperf.judge.store import Change
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result
-from pytest_llmperf.report.wording import HEADER, columns, figure, row, run_bound, since_oldest
+from pytest_llmperf.report.wording import (
+    HEADER,
+    columns,
+    figure,
+    partial_told,
+    rows,
+    run_bound,
+    since_oldest,
+)
 
 _COLOUR = {
     Outcome.PASS: {"green": True},
@@ -20,6 +28,7 @@ _COLOUR = {
     Outcome.IMPROVED: {"green": True, "bold": True},
     Outcome.INCONCLUSIVE: {"yellow": True, "bold": True},
     Outcome.REGRESSION: {"red": True, "bold": True},
+    Outcome.OOM: {"red": True, "bold": True},
 }
 _FAILED = {"red": True}
 
@@ -58,7 +67,7 @@ def summarize(
         error: What went wrong after the tests, if anything did.
     """
     reporter.section("llmperf")
-    lines = [(row(result, verdict), verdict) for result in results for verdict in result.verdicts]
+    lines = [line for result in results for line in rows(result)]
     header, *table = columns([HEADER, *(cells for cells, _ in lines)])
     reporter.write_line(header, bold=True)
     for text, (_, verdict) in zip(table, lines, strict=True):
@@ -67,6 +76,10 @@ def summarize(
     _closing(reporter, results, strict=strict)
     for one in written:
         for change in one.changes:
+            if change.failed:
+                told = f"{one.path}: {change.case} {change.failed}: recorded"
+                reporter.write_line(told, yellow=True)
+                continue
             metric = METRICS[change.metric]
             what = "chunks" if metric.scope == "quality" else "launches"
             how = "replaced, its conditions changed" if change.replaced else "recorded"
@@ -110,6 +123,8 @@ def _closing(reporter: pytest.TerminalReporter, results: Sequence[Result], *, st
     for text, drifted in since_oldest(results):
         reporter.write_line(text, yellow=drifted)
     for result in results:
+        if partial := partial_told(result):
+            reporter.write_line(f"{result.case}: {partial}", yellow=True)
         for verdict in result.verdicts:
             if "uneven" in verdict.evidence:
                 reporter.write_line(f"warning: {result.case}: {verdict.reason}", yellow=True)

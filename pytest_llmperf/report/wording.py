@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from pytest_llmperf.judge._common import slack_text
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result
+
+_MOST_NAMES = 3
 
 HEADER = ("case", "metric", "baseline", "measured", "change", "interval", "tolerance", "verdict")
 
@@ -72,6 +75,48 @@ def since_oldest(results: Sequence[Result]) -> list[tuple[str, bool]]:
     return lines
 
 
+def folded(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, list[str]]]:
+    """Return verdicts with the metrics that each stands for, in their order.
+
+    One cause, such as a server that does not start, fails every metric of a case alike: those have
+    one line together.
+    """
+    lines: dict[tuple[object, ...], tuple[Verdict, list[str]]] = {}
+    for index, verdict in enumerate(verdicts):
+        same = verdict.outcome in {Outcome.ERROR, Outcome.OOM}
+        key = (verdict.outcome, verdict.reason, verdict.base) if same else (index,)
+        lines.setdefault(key, (verdict, []))[1].append(verdict.metric)
+    return list(lines.values())
+
+
+def rows(result: Result) -> list[tuple[tuple[str, ...], Verdict]]:
+    """Return the lines of the closing table for a result, each with its verdict."""
+    lines = []
+    for verdict, names in folded(result.verdicts):
+        case, _, *rest = row(result, verdict)
+        shown = names if len(names) <= _MOST_NAMES else [names[0], f"{len(names) - 1} more"]
+        lines.append(((case, ", ".join(shown), *rest), verdict))
+    return lines
+
+
+def partial_told(result: Result) -> str:
+    """Return what was answered before a workload failed, in words; ``""`` if nothing failed."""
+    told = result.partial
+    if not told:
+        return ""
+    text = f"{told['build']} {told['how']} after {told['answered']} of {told['asked']} requests"
+    samples = told["samples"]
+    names = [one.metric for one in result.verdicts if samples.get(one.metric)] or list(samples)
+    means = [
+        f"{name} {figure(median(samples[name]), METRICS[name].unit)}"
+        for name in names
+        if samples[name] and name in METRICS
+    ]
+    if not means:
+        return f"{text}, before a sample was complete"
+    return f"{text}; those that worked, not judged: {', '.join(means)}"
+
+
 def row(result: Result, verdict: Verdict) -> tuple[str, ...]:
     """Return a line of the closing table, in the order of :data:`HEADER`."""
     unit = METRICS[verdict.metric].unit
@@ -124,12 +169,13 @@ def failure(result: Result, *, strict: bool) -> str:
     exact server command, both builds, machine, log, and what to do next.
     """
     failing = [v for v in result.verdicts if v.outcome.fails(strict=strict)]
-    lines = [f"{result.case}: " + ", ".join(f"{v.metric} {v.outcome.value}" for v in failing)]
-    shown: set[str] = set()
-    for verdict in failing:
-        # One cause, such as a server that does not start, fails every metric alike.
-        lines += [] if verdict.reason in shown else ["", *_explain(verdict)]
-        shown.add(verdict.reason)
+    causes = folded(failing)
+    told = [f"{', '.join(names)} {verdict.outcome.value}" for verdict, names in causes]
+    lines = [f"{result.case}: {', '.join(told)}"]
+    for verdict, names in causes:
+        lines += ["", *_explain(verdict, names)]
+    if partial := partial_told(result):
+        lines += ["", f"  {partial}"]
     lines += ["", f"  build under test  {result.new.about}"]
     if result.new.command:
         lines.append(f"    command         {result.new.command}")
@@ -145,9 +191,9 @@ def failure(result: Result, *, strict: bool) -> str:
     return "\n".join(lines)
 
 
-def _explain(verdict: Verdict) -> list[str]:
+def _explain(verdict: Verdict, names: Sequence[str]) -> list[str]:
     metric = METRICS[verdict.metric]
-    lines = [f"  {verdict.metric}: {verdict.outcome.value}: {verdict.reason}"]
+    lines = [f"  {', '.join(names)}: {verdict.outcome.value}: {verdict.reason}"]
     if verdict.base is not None and verdict.new is not None:
         change = "" if verdict.change is None else f", {percent(verdict.change)}"
         ends = "" if verdict.interval is None else f" ({interval(verdict)})"

@@ -6,69 +6,45 @@ are parsed afterwards, since parsing would compete with the server for a small m
 
 from __future__ import annotations
 
-import json
+import math
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
-from pytest_llmperf.errors import CheckError, ServerError
+from pytest_llmperf.errors import ServerError, TooSlowError
+from pytest_llmperf.serve.ask import Ask, Message, chat, completion, primer, template_body
+from pytest_llmperf.serve.stream import Heard, Reply, progress, refused
 
 _CONNECT = 10.0
+_LEAST_PATIENCE = 0.001
 _SHOWN = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """One answered completion request, times in milliseconds.
-
-    ``prompt_*``, ``predicted_*`` and ``cache_n`` are the server's own ``timings``; the rest is
-    what the client saw.
+class Limit:
+    """When something is given up.
 
     Attributes:
-        prompt_n: Prompt tokens evaluated.
-        prompt_ms: Time for them.
-        predicted_n: Tokens generated.
-        predicted_ms: Time for them.
-        cache_n: Prompt tokens taken from a cache.
-        truncated: Whether the context overflowed.
-        stop_type: ``limit``, ``eos`` or ``word``.
-        ttft_ms: Request sent to first token.
-        last_ms: Request sent to last token.
-        e2e_ms: Request sent to end of answer.
-        draft_n: Tokens drafted, None without speculative decoding.
-        draft_accepted_n: Drafted tokens that were accepted.
-        text: What was generated.
+        seconds: How long it may take.
+        at: ``time.perf_counter()`` at the end.
     """
 
-    prompt_n: int
-    prompt_ms: float
-    predicted_n: int
-    predicted_ms: float
-    cache_n: int
-    truncated: bool
-    stop_type: str
-    ttft_ms: float
-    last_ms: float
-    e2e_ms: float
-    draft_n: int | None
-    draft_accepted_n: int | None
-    text: str
+    seconds: float = math.inf
+    at: float = math.inf
+
+    @classmethod
+    def of(cls, seconds: float) -> Self:
+        """Return a limit that runs from now on; 0 is none."""
+        return cls(seconds, time.perf_counter() + seconds) if seconds else cls()
 
 
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    """An answer as it came, times in seconds: (arrival, bytes), when sent, when over, status."""
-
-    arrived: Sequence[tuple[float, bytes]]
-    started: float
-    ended: float
-    status: int
+_NO_LIMIT = Limit()
 
 
 @cache
@@ -151,17 +127,53 @@ class Client:
         except httpx.HTTPError:
             return 0
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without special tokens.
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the token ids of ``text``.
+
+        Args:
+            text: The text.
+            special: Put special tokens where a prompt begins, and read those in the text as what
+                they stand for, as is done with a rendered chat.
 
         Raises:
             ServerError: If the server cannot.
         """
-        answer = self._json("POST", "/tokenize", {"content": text, "add_special": False})
+        body: dict[str, object] = {"content": text, "add_special": special}
+        if special:
+            body["parse_special"] = True
+        answer = self._json("POST", "/tokenize", body)
         tokens = answer.get("tokens") if isinstance(answer, dict) else None
         if not isinstance(tokens, list) or not all(isinstance(t, int) for t in tokens):
             raise ServerError("/tokenize answered no list of token ids")
         return tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids.
+
+        Raises:
+            ServerError: If the server cannot.
+        """
+        answer = self._json("POST", "/detokenize", {"tokens": list(tokens)})
+        content = answer.get("content") if isinstance(answer, dict) else None
+        if not isinstance(content, str):
+            raise ServerError("/detokenize answered no text")
+        return content
+
+    def render(self, messages: Sequence[Message], *, thinking: bool | None = None) -> str:
+        """Return the prompt that the server's chat template makes of messages.
+
+        Args:
+            messages: The chat.
+            thinking: What the template is told; None for nothing.
+
+        Raises:
+            ServerError: If the server cannot.
+        """
+        answer = self._json("POST", "/apply-template", template_body(messages, thinking))
+        prompt = answer.get("prompt") if isinstance(answer, dict) else None
+        if not isinstance(prompt, str):
+            raise ServerError("/apply-template answered no prompt")
+        return prompt
 
     def _json(self, method: str, path: str, body: object) -> Any:  # noqa: ANN401 - as above
         what = f"{method} {path}"
@@ -170,11 +182,30 @@ class Client:
         except httpx.HTTPError as error:
             raise self._broken(error, what) from error
         if response.status_code != httpx.codes.OK:
-            raise _refused(response.status_code, response.text, what)
+            raise refused(response.status_code, response.text, what)
         try:
             return response.json()
         except ValueError as error:
             raise ServerError(f"{what}: the answer is no JSON: {response.text[:_SHOWN]}") from error
+
+    def prime(
+        self, tokens: Sequence[int], what: str, *, slot: int = 0, limit: Limit = _NO_LIMIT
+    ) -> None:
+        """Have a slot evaluate tokens and keep them in its cache.
+
+        Args:
+            tokens: Token ids.
+            what: Names the request in error texts.
+            slot: Slot of the server.
+            limit: When the request is given up.
+
+        Raises:
+            ServerError: If the server answers an error, dies or hangs.
+            TooSlowError: If it is given up.
+            CheckError: If the answer is not in the form of llama-server's stream.
+        """
+        asked = primer(tokens, what, slot=slot)
+        asked.read(self._send(asked, limit), what)
 
     def complete(self, prompt: Sequence[int], generate: int, what: str, *, slot: int = 0) -> Reply:
         """Send a cold, greedy completion of fixed length and time it.
@@ -189,56 +220,74 @@ class Client:
             ServerError: If the server answers an error, dies or hangs.
             CheckError: If the answer is not in the form of llama-server's stream.
         """
-        return self._read(self._send(_content(prompt, generate, slot), what), what)
+        return self.ask([completion(prompt, generate, what, slot=slot)])[0][0]
 
-    def complete_together(
-        self, requests: Sequence[tuple[Sequence[int], int, str]]
-    ) -> tuple[list[Reply], float]:
-        """Send completions at once, the first to slot 0 and so on, and time them.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        generate: int,
+        what: str,
+        *,
+        slot: int = 0,
+        thinking: bool | None = None,
+    ) -> Reply:
+        """Send a chat with a greedy answer of fixed length and time it.
+
+        Args:
+            messages: The chat, each a ``role`` and a ``content``.
+            generate: Tokens to generate, exactly.
+            what: Names the request in error texts.
+            slot: Slot of the server that answers.
+            thinking: What the chat template is told; None for nothing.
+
+        Raises:
+            ServerError: If the server answers an error, dies or hangs.
+            CheckError: If the answer is not in the form of llama-server's stream.
+        """
+        return self.ask([chat(messages, generate, what, slot=slot, thinking=thinking)])[0][0]
+
+    def ask(self, asks: Sequence[Ask], limit: Limit = _NO_LIMIT) -> tuple[list[Reply], float]:
+        """Send requests at once and time them.
 
         Each has a thread and a connection of its own, and all wait for the last one to be ready.
 
         Args:
-            requests: What :meth:`complete` takes: prompt, tokens to generate, name.
+            asks: The requests.
+            limit: When they are given up.
 
         Returns:
-            The replies in the order of the requests, and the milliseconds from the first request
+            The replies in the order of ``asks``, and the milliseconds from the first request
             sent to the last byte of the last answer.
 
         Raises:
             ServerError: If the server answers an error, dies or hangs; of several errors one that
                 says that it died or hangs.
-            CheckError: If an answer is not in the form of llama-server's stream.
+            TooSlowError: If they are given up.
+            CheckError: If an answer is not in the form of the API that was asked.
         """
-        names = [what for _, _, what in requests]
-        contents = [
-            _content(prompt, generate, slot) for slot, (prompt, generate, _) in enumerate(requests)
-        ]
-        if len(requests) == 1:
-            # As a request alone is timed, without a thread that has to wake up.
-            heard = [self._send(contents[0], names[0])]
-        else:
-            heard = self._send_together(contents, names)
+        # A request alone is timed without a thread that has to wake up.
+        alone = len(asks) == 1
+        heard = [self._send(asks[0], limit)] if alone else self._send_together(asks, limit)
         wall = max(one.ended for one in heard) - min(one.started for one in heard)
-        replies = [self._read(one, what) for one, what in zip(heard, names, strict=True)]
+        replies = [one.read(answer, one.what) for one, answer in zip(asks, heard, strict=True)]
         return replies, wall * 1e3
 
-    def _send_together(self, contents: Sequence[bytes], names: Sequence[str]) -> list[_Heard]:
-        barrier = threading.Barrier(len(contents), timeout=_CONNECT)
-        heard: dict[int, _Heard] = {}
+    def _send_together(self, asks: Sequence[Ask], limit: Limit) -> list[Heard]:
+        barrier = threading.Barrier(len(asks), timeout=_CONNECT)
+        heard: dict[int, Heard] = {}
         errors: list[Exception] = []
 
         def send(index: int) -> None:
             try:
                 barrier.wait()
-                heard[index] = self._send(contents[index], names[index])
+                heard[index] = self._send(asks[index], limit)
             except Exception as error:  # noqa: BLE001 - it is raised by the one who waits
                 errors.append(error)
 
         # Daemons, so that a run that is interrupted need not wait for a server that hangs.
         threads = [
             threading.Thread(target=send, args=(index,), name=f"slot {index}", daemon=True)
-            for index in range(len(contents))
+            for index in range(len(asks))
         ]
         for thread in threads:
             thread.start()
@@ -248,21 +297,30 @@ class Client:
             # What says most of the server: one that hangs must not be asked again.
             kinds = ("timeout", "crashed")
             raise min(errors, key=lambda error: getattr(error, "kind", "") not in kinds)
-        return [heard[index] for index in range(len(contents))]
+        return [heard[index] for index in range(len(asks))]
 
-    def _send(self, content: bytes, what: str) -> _Heard:
-        """Send a completion and store its answer. Nothing is parsed: others may be timed."""
+    def _send(self, ask: Ask, limit: Limit) -> Heard:
+        """Send a request and store its answer. Nothing is parsed: others may be timed."""
         arrived: list[tuple[float, bytes]] = []
         clock = time.perf_counter
+        started = clock()
+        # What is given up with nothing arriving waits for no byte longer than that.
+        patience = max(min(self._timeout, limit.at - started), _LEAST_PATIENCE)
         try:
             started = clock()
             with self._http.stream(
-                "POST", "/completion", content=content, headers={"Content-Type": "application/json"}
+                "POST",
+                ask.path,
+                content=ask.content,
+                headers={"Content-Type": "application/json"},
+                timeout=httpx.Timeout(patience, connect=_CONNECT),
             ) as response:
                 heard = clock()
                 for chunk in response.iter_raw():
                     now = clock()
                     arrived.append((now, chunk))
+                    if now > limit.at:
+                        raise _too_slow(ask.what, arrived, limit)
                     if not chunk.startswith(b":") or b"data:" in chunk:
                         heard = now
                     elif now - heard > self._timeout:
@@ -270,15 +328,10 @@ class Client:
                         raise httpx.ReadTimeout("nothing but pings")
             ended = clock()
         except httpx.HTTPError as error:
-            raise self._broken(error, what, partial=len(arrived)) from error
-        return _Heard(arrived, started, ended, response.status_code)
-
-    @staticmethod
-    def _read(heard: _Heard, what: str) -> Reply:
-        if heard.status != httpx.codes.OK:
-            text = b"".join(chunk for _, chunk in heard.arrived).decode(errors="replace")
-            raise _refused(heard.status, text, what)
-        return _read_stream(heard.arrived, heard.started, heard.ended, what)
+            if isinstance(error, httpx.ReadTimeout) and clock() >= limit.at:
+                raise _too_slow(ask.what, arrived, limit) from error
+            raise self._broken(error, ask.what, partial=len(arrived)) from error
+        return Heard(arrived, started, ended, response.status_code)
 
     def _broken(self, error: httpx.HTTPError, what: str, partial: int = 0) -> ServerError:
         after = f" after {partial} parts of the answer" if partial else ""
@@ -293,90 +346,8 @@ class Client:
         return ServerError(f"{what}: the connection broke{after}: {shown}", kind="http")
 
 
-def _content(prompt: Sequence[int], generate: int, slot: int) -> bytes:
-    """Return the body of a cold, greedy completion of fixed length."""
-    body = {
-        "prompt": list(prompt),
-        "n_predict": generate,
-        "ignore_eos": True,
-        "temperature": 0,
-        "seed": 1,
-        "cache_prompt": False,
-        "id_slot": slot,
-        "stream": True,
-    }
-    return json.dumps(body).encode()
-
-
-def _refused(status: int, text: str, what: str) -> ServerError:
-    try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = text.strip()
-    return ServerError(f"{what}: HTTP {status}: {str(message)[:_SHOWN]}", kind="http")
-
-
-def _events(arrived: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    """Yield (arrival time, event) of a server-sent stream.
-
-    An event counts as arrived when its last byte did. Comment lines are pings.
-    """
-    rest = b""
-    for when, chunk in arrived:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            field, _, value = line.strip().partition(b":")
-            value = value.strip()
-            if field in {b"data", b"error"} and value and value != b"[DONE]":
-                event = json.loads(value)
-                if field == b"error" and not (isinstance(event, dict) and "error" in event):
-                    event = {"error": event}
-                if not isinstance(event, dict):
-                    raise ValueError(f"no object: {value[:_SHOWN].decode(errors='replace')}")
-                yield when, event
-
-
-def _read_stream(
-    arrived: Sequence[tuple[float, bytes]], started: float, ended: float, what: str
-) -> Reply:
-    first: float | None = None
-    last = ended
-    text = []
-    final: Mapping[str, Any] | None = None
-    try:
-        for when, event in _events(arrived):
-            if "error" in event:
-                error = event["error"]
-                message = error.get("message", error) if isinstance(error, dict) else error
-                raise ServerError(f"{what}: error in mid-answer: {str(message)[:_SHOWN]}")
-            text.append(str(event.get("content", "")))
-            if event.get("stop"):
-                # The last token may come with the closing event alone.
-                final, last = event, when
-            if first is None and (event.get("content") or event.get("tokens") or final):
-                first = when
-    except ValueError as error:
-        raise CheckError(f"{what}: the stream is no JSON: {error}") from error
-    if final is None or first is None:
-        raise CheckError(f"{what}: the answer ended without its closing event")
-    timings = final.get("timings")
-    if not isinstance(timings, dict):
-        raise CheckError(f"{what}: the answer holds no `timings`")
-    try:
-        return Reply(
-            prompt_n=int(timings["prompt_n"]),
-            prompt_ms=float(timings["prompt_ms"]),
-            predicted_n=int(timings["predicted_n"]),
-            predicted_ms=float(timings["predicted_ms"]),
-            cache_n=int(timings["cache_n"]),
-            truncated=bool(final.get("truncated", False)),
-            stop_type=str(final.get("stop_type", "unknown")),
-            ttft_ms=(first - started) * 1e3,
-            last_ms=(last - started) * 1e3,
-            e2e_ms=(ended - started) * 1e3,
-            draft_n=timings.get("draft_n"),
-            draft_accepted_n=timings.get("draft_n_accepted"),
-            text="".join(text),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckError(f"{what}: `timings` lacks or garbles {error}") from error
+def _too_slow(what: str, arrived: Sequence[tuple[float, bytes]], limit: Limit) -> TooSlowError:
+    return TooSlowError(
+        f"{what}: too slow: given up after the {limit.seconds:g} s that one sample may take, "
+        f"{progress(arrived)}; `limit` of the workload says how long that is"
+    )

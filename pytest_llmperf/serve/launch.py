@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -18,12 +19,15 @@ import httpx
 
 from pytest_llmperf.build.ask import scrubbed_environment
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.build.dialect import dialect_of
-from pytest_llmperf.errors import BuildError, ServerError
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.build.dialect import Dialect, dialect_of
+from pytest_llmperf.errors import BuildError, OutOfMemoryError, ServerError
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.client import Client
-from pytest_llmperf.serve.process import ServerProcess, describe_exit
+from pytest_llmperf.serve.container import Boxed, box, check_signals
+from pytest_llmperf.serve.failure import Shortage, free_before, limits, shortage
+from pytest_llmperf.serve.ollama import told_options
+from pytest_llmperf.serve.process import ServerProcess
 from pytest_llmperf.serve.throttle import Throttle
 
 DEFAULTS: Mapping[str, OptionValue] = {"parallel": 1, "cache-ram": 0, "offline": True}
@@ -71,7 +75,7 @@ class Server:
         client: Talks to it.
         log: Its log file, or None for an endpoint.
         load_ms: Process start to ready, in milliseconds; None for an endpoint.
-        props: What ``/props`` answered.
+        props: What ``/props`` answered; empty for an endpoint that is no llama-server.
         stopped: Whether :meth:`stop` was called.
     """
 
@@ -100,17 +104,24 @@ class Server:
         self._key_file = key_file
         self._throttle: Throttle | None = None
         if process is not None and build.stopped_share:
-            self._throttle = Throttle(process.pid, build.stopped_share)
+            self._throttle = Throttle(process.server_pid or process.pid, build.stopped_share)
 
     @property
     def pid(self) -> int | None:
-        """Process id of the server, None for an endpoint."""
-        return self._process.pid if self._process else None
+        """Process id of the server, None for an endpoint and where it cannot be seen from here."""
+        return self._process.server_pid if self._process else None
 
     @property
     def shown_command(self) -> str:
         """The command as one would type it."""
-        return shlex.join(self.command) if self.command else f"(a running server: {self.url})"
+        if self.command:
+            return shlex.join(self.command)
+        about = ""
+        if self.build.api == "ollama":
+            about = f", {told_options(self.config, self.build.model)}"
+        elif self.build.api == "openai":
+            about = f", model {self.build.model}"
+        return f"(a running server: {self.url}{about})"
 
     def log_text(self) -> str:
         """Return the whole log so far."""
@@ -157,7 +168,12 @@ def server_options(build: Build, config: Config) -> dict[str, OptionValue]:
 
 
 def server_environment(build: Build, config_home: Path) -> dict[str, str]:
-    """Return our environment without what would configure a server behind our back."""
+    """Return our environment without what would configure a server behind our back.
+
+    That of a container is part of its command; its engine's client gets ours.
+    """
+    if build.container is not None:
+        return scrubbed_environment({})
     env = scrubbed_environment(build.env)
     # llama-server reads $XDG_CONFIG_HOME/llama.cpp/config.ini; ours is an empty folder.
     if "XDG_CONFIG_HOME" not in build.env:
@@ -166,36 +182,71 @@ def server_environment(build: Build, config_home: Path) -> dict[str, str]:
 
 
 def compose(
-    build: Build, config: Config, model: Path, key_file: Path, port: int = 0
+    build: Build,
+    config: Config,
+    files: ModelFiles,
+    key_file: Path,
+    port: int = 0,
+    *,
+    boxed: Boxed | None = None,
 ) -> tuple[str, ...]:
     """Return the full command of a server.
+
+    With a model that drafts the build is told to use it, where it does not do so unasked.
+
+    Args:
+        build: Whose server.
+        config: Options.
+        files: What it loads.
+        key_file: Holds its key.
+        port: Port to listen on; 0 for a free one.
+        boxed: The container it runs in, for a build in an image.
 
     Raises:
         BuildError: If the build does not know an option of the config.
     """
     dialect = dialect_of(build)
     options = server_options(build, config)
+    program, host, key = build.command, "127.0.0.1", str(key_file)
+    if boxed is not None:
+        options, files = boxed.options(options), boxed.files(files)
+        program, host, port, key = boxed.command, boxed.host, boxed.port, str(boxed.key_file)
     for name in DEFAULTS.keys() - config.options.keys() - build.options.keys():
         # A build that lacks the option lacks what the default switches off.
         if not dialect.supports(name):
             del options[name]
+    _add_files(options, files, dialect)
     if "verbosity" not in options and (level := dialect.log_verbosity):
         options["verbosity"] = level
     try:
         arguments = dialect.arguments(options)
     except BuildError as error:
         raise BuildError(f"config {config.name}: {error}") from error
-    owned = ["--host", "127.0.0.1", "--port", str(port), "--api-key-file", str(key_file)]
-    return (*build.command, "--model", str(model), *arguments, *owned)
+    owned = ["--host", host, "--port", str(port), "--api-key-file", key]
+    return (*program, "--model", str(files.main), *arguments, *owned)
 
 
-def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: int = 0) -> Server:
+def _add_files(options: dict[str, OptionValue], files: ModelFiles, dialect: Dialect) -> None:
+    for name, value in (("spec-draft-model", files.draft), ("mmproj", files.projector)):
+        if value is not None:
+            options[name] = str(value)
+    if files.draft is not None:
+        # A build that has no word for it drafts with the model because it is there.
+        if dialect.offers("spec-type", "draft-simple"):
+            options.setdefault("spec-type", "draft-simple")
+        elif options.get("spec-type") == "draft-simple":
+            del options["spec-type"]
+
+
+def start(
+    build: Build, config: Config, files: ModelFiles, plan: ServePlan, *, port: int = 0
+) -> Server:
     """Start a server and wait until it is ready.
 
     Args:
         build: Build to start; an endpoint is only connected to.
         config: Options and names.
-        model: GGUF file.
+        files: What it loads.
         plan: Run folder and time limits.
         port: Fixed port; 0 lets the system choose a free one.
 
@@ -208,18 +259,25 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
         return _connect(build, config, plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     label = re.sub(r"[^\w.+-]", "_", build.label)
-    name = f"{next(_numbers):03d}-{label}-{config.name}"
-    log = plan.folder / f"{name}.log"
+    log = _new_log(plan.folder, f"{label}-{config.name}")
+    name = log.stem
     key = secrets.token_urlsafe(24)
-    key_file = plan.folder / f"{name}.key"
-    key_file.touch(mode=0o600)
-    key_file.write_text(key + "\n", "utf-8")
+    key_file = _write_key(plan.folder, name, key, shared=build.container is not None)
     config_home = plan.folder / "no-config"
     config_home.mkdir(exist_ok=True)
+    boxed: Boxed | None = None
     try:
-        command = compose(build, config, model, key_file, port)
+        if build.container is not None:
+            options = server_options(build, config)
+            boxed = box(build.container, files, options, key_file, gpu=config.gpu, port=port)
+        command = compose(build, config, files, key_file, port, boxed=boxed)
         began = time.perf_counter()
-        process = ServerProcess(command, log, server_environment(build, config_home))
+        process = ServerProcess(
+            command,
+            log,
+            server_environment(build, config_home),
+            boxed.aftermath if boxed is not None else None,
+        )
     except BaseException:
         key_file.unlink(missing_ok=True)
         raise
@@ -228,10 +286,14 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
         url = _wait_listening(
             process, plan, f"{build.label} for config {config.name}", began, command
         )
+        if boxed is not None:
+            process.server_pid, url = boxed.place(url)
         client = Client(url, key, timeout=plan.hang, post_mortem=lambda: _post_mortem(process))
         _wait_healthy(client, process, plan, began, command)
         load_ms = (time.perf_counter() - began) * 1e3
         props = _prove_ours(client, process)
+        if build.stopped_share:
+            check_signals(build.label, process.server_pid)
     except BaseException:
         if client is not None:
             client.close()
@@ -250,10 +312,39 @@ def start(build: Build, config: Config, model: Path, plan: ServePlan, *, port: i
     )
 
 
+def _new_log(folder: Path, name: str) -> Path:
+    """Make an empty log file of a number that is not taken.
+
+    Another process may use the same run folder, and an older log would tell of another port.
+    """
+    while True:
+        log = folder / f"{next(_numbers):03d}-{name}.log"
+        with contextlib.suppress(FileExistsError):
+            log.touch(exist_ok=False)
+            return log
+
+
+def _write_key(folder: Path, name: str, key: str, *, shared: bool) -> Path:
+    """Write a key file that only we can read, or, shared, whoever is shown it.
+
+    A container's server may run as any user. What keeps all others from the file is its folder.
+    """
+    if shared:
+        folder /= "keys"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{name}.key"
+    path.touch(mode=0o600)
+    path.write_text(key + "\n", "utf-8")
+    if shared:
+        path.chmod(0o444)
+    return path
+
+
 def _connect(build: Build, config: Config, plan: ServePlan) -> Server:
     client = Client(str(build.url), os.environ.get("LLMPERF_API_KEY"), timeout=plan.hang)
     try:
-        props = _props(client)
+        # Another API than llama-server's has nothing like it.
+        props = _props(client) if build.api == "llama-server" else {}
     except BaseException:
         client.close()
         raise
@@ -277,17 +368,65 @@ def _props(client: Client) -> Mapping[str, Any]:
 
 
 def _failed(reason: str, log: Path, command: tuple[str, ...], kind: str) -> ServerError:
-    return ServerError(
-        f"{reason}\n  command: {shlex.join(command)}\n  log: {log}\n{tail(log)}", log=log, kind=kind
+    return ServerError(f"{reason}\n{_shown(log, command)}", log=log, kind=kind)
+
+
+def _shown(log: Path, command: tuple[str, ...] = ()) -> str:
+    told = f"  command: {shlex.join(command)}\n" if command else ""
+    return f"{told}  log: {log}\n{tail(log)}"
+
+
+def _ended(
+    what: str, process: ServerProcess, command: tuple[str, ...] = (), kind: str = "start"
+) -> ServerError:
+    """Return the error of a server that ended by itself: its memory ran out, or something else.
+
+    Args:
+        what: What it did not live to do, naming build and config or the request.
+        process: It has ended.
+        command: Is shown, where the caller of the error does not do so.
+        kind: Of the error.
+    """
+    log = process.log
+    how = f"{what}: {process.describe_exit()}"
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    lacking = shortage(text)
+    if lacking is None and not process.killed_for_memory:
+        return ServerError(f"{how}\n{_shown(log, command)}", log=log, kind=kind)
+    # Who is killed has no time to say what for.
+    what = "host memory" if lacking is None else lacking.words
+    lacking = lacking or Shortage("CPU", "", None)
+    free = free_before(text, lacking.device)
+    where = lacking.device or "its device"
+    if lacking.device == "CPU":
+        before, where = process.before, "the host"
+        free = min(before.available_mib, before.kills.limit_mib or before.available_mib)
+    told = "" if free is None else f", {free:.0f} MiB were free on {where} before it started"
+    if lacking.device == "CPU" and (limited := limits()):
+        told += f"; {limited}"
+    return OutOfMemoryError(
+        f"out of memory: {what} could not be allocated{told}: {lacking.advice}\n"
+        f"  {how}\n{_shown(log, command)}",
+        what=what,
+        log=log,
+        kind=kind,
     )
 
 
 def _post_mortem(process: ServerProcess) -> str | None:
+    """Return how a server died that broke a connection, None if it lives.
+
+    Raises:
+        OutOfMemoryError: If its memory ran out.
+    """
     # The connection breaks a moment before the exit is known.
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
-        if (status := process.poll()) is not None:
-            return f"{describe_exit(status)}\n  log: {process.log}\n{tail(process.log)}"
+        if process.poll() is not None:
+            error = _ended("the server died", process, kind="crashed")
+            if isinstance(error, OutOfMemoryError):
+                raise error
+            return f"{process.describe_exit()}\n{_shown(process.log)}"
         time.sleep(0.02)
     return None
 
@@ -329,12 +468,7 @@ def _wait_listening(
             if found := _LISTENING.search(content):
                 return found.group(1).decode().replace("//0.0.0.0:", "//127.0.0.1:")
         if status is not None:
-            raise _failed(
-                f"{what} ended before it was ready: {describe_exit(status)}",
-                process.log,
-                command,
-                "start",
-            )
+            raise _ended(f"{what} ended before it was ready", process, command)
         if patience.tick() > plan.timeout:
             raise _failed(
                 f"{what} was not ready within {plan.timeout:g} s", process.log, command, "timeout"
@@ -349,13 +483,8 @@ def _wait_healthy(
         status = client.status("/health", timeout=_PROBE)
         if status == httpx.codes.OK:
             return
-        if (ended := process.poll()) is not None:
-            raise _failed(
-                f"the server ended before it was ready: {describe_exit(ended)}",
-                process.log,
-                command,
-                "start",
-            )
+        if process.poll() is not None:
+            raise _ended("the server ended before it was ready", process, command)
         if patience.tick() > plan.timeout:
             raise _failed(
                 f"{client.url}/health answered {status or 'nothing'} for {plan.timeout:g} s",

@@ -1,8 +1,8 @@
 """Watches one server for its parent and ends it, whatever becomes of the parent.
 
-A program of its own, run as ``python -I -S supervisor.py LOG -- COMMAND...``; it imports
-nothing but the standard library. It starts COMMAND in a session of its own with its output in
-LOG, and then waits for one of:
+A program of its own, run as ``python -I -S supervisor.py LOG [AFTERMATH] -- COMMAND...``; it
+imports nothing but the standard library. It starts COMMAND in a session of its own with its
+output in LOG, and then waits for one of:
 
 * end of file on its standard input: the parent is done, or dead, even by SIGKILL, since the
   kernel closes the pipe. The server is asked to stop, then killed, with all its descendants;
@@ -11,6 +11,10 @@ LOG, and then waits for one of:
 It writes JSON lines to its standard output: ``{"pid": 123}`` at the start, ``{"exit": 0}``
 (negative for a signal) at the end. If the supervisor itself is killed, Linux ends the server
 (``PR_SET_PDEATHSIG``).
+
+AFTERMATH is for a server whose process is a client of something else, such as a container
+engine: JSON of two commands. The output of ``look`` is told as ``{"look": [code, output]}`` before
+the exit; ``clean`` is run after it, whatever ended the server, and told as ``{"clean": code}``.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ GRACE = 5.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _TICK = 0.05
+AFTER = 30.0
+"""Most seconds for one command of the aftermath."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -81,12 +87,64 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
+def _after(command: list[str]) -> tuple[int, str]:
+    """Run a command of the aftermath; return its exit code and its output."""
+    try:
+        done = subprocess.run(  # noqa: S603 - the caller composed this command
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=AFTER,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return -1, str(error)
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+def _watch(process: subprocess.Popen[bytes], signals: int) -> None:
+    """Return once the server has ended, or is to end."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "parent")
+        selector.register(signals, selectors.EVENT_READ, "signal")
+        stopping = False
+        while process.poll() is None and not stopping:
+            for key, _ in selector.select():
+                received = os.read(key.fd, 4096)
+                stopping |= key.data == "parent" or signal.SIGTERM in received
+
+
+def _end(process: subprocess.Popen[bytes], aftermath: dict[str, list[str]]) -> None:
+    """End the server if it still runs, and whatever it left behind."""
+    if process.poll() is None:
+        _signal_group(process.pid, signal.SIGTERM)
+        if not _wait(process, GRACE):
+            _say(killed=True)
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+    # The group outlives its leader when the server forked.
+    _signal_group(process.pid, signal.SIGKILL)
+    if aftermath:
+        # Before anything is killed: what watches a container may be a child of ours by now.
+        _say(look=_after(aftermath["look"]))
+        _say(exit=process.returncode)
+        _say(clean=_after(aftermath["clean"])[0])
+        _reap()
+    else:
+        _reap()
+        _say(exit=process.returncode)
+
+
 def main(arguments: list[str]) -> int:
     """Run the command, watch it and the parent, leave nothing behind."""
-    log, separator, *command = arguments
-    if separator != "--" or not command:
-        sys.stderr.write("usage: supervisor.py LOG -- COMMAND...\n")
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:split], arguments[split + 1 :]
+    if len(own) not in {1, 2} or not command:
+        sys.stderr.write("usage: supervisor.py LOG [AFTERMATH] -- COMMAND...\n")
         return 2
+    log = own[0]
+    aftermath: dict[str, list[str]] = json.loads(own[1]) if len(own) > 1 else {}
     # Ctrl-C reaches the whole foreground group; the parent decides what it means, not we.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -123,24 +181,8 @@ def main(arguments: list[str]) -> int:
         return 1
     _say(pid=process.pid)
 
-    with selectors.DefaultSelector() as selector:
-        selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "parent")
-        selector.register(stop_read, selectors.EVENT_READ, "signal")
-        stopping = False
-        while process.poll() is None and not stopping:
-            for key, _ in selector.select():
-                received = os.read(key.fd, 4096)
-                stopping |= key.data == "parent" or signal.SIGTERM in received
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGTERM)
-        if not _wait(process, GRACE):
-            _say(killed=True)
-            _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
-    # The group outlives its leader when the server forked.
-    _signal_group(process.pid, signal.SIGKILL)
-    _reap()
-    _say(exit=process.returncode)
+    _watch(process, stop_read)
+    _end(process, aftermath)
     return 0
 
 

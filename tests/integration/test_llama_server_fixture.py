@@ -11,7 +11,7 @@ from support.project import Project
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.models.synth import make_model
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.plan.model import SynthSpec
 from pytest_llmperf.serve.launch import ServePlan, start
 
@@ -47,7 +47,7 @@ def test_running_server_is_a_build(project: Project, monkeypatch: pytest.MonkeyP
     build = resolve(parse_spec("embedded", {}, project.path), cache, print)
     model = make_model(SynthSpec(), cache)
     config = Config("any", "tiny", {"threads": 1, "ctx-size": 512})
-    with start(build, config, model, ServePlan(project.path / "logs")) as server:
+    with start(build, config, ModelFiles(model), ServePlan(project.path / "logs")) as server:
         key = next((project.path / "logs").glob("*.key")).read_text("utf-8").strip()
         request = urllib.request.Request(  # noqa: S310 - loopback
             f"{server.url}/props", headers={"Authorization": f"Bearer {key}"}

@@ -50,7 +50,7 @@ def test_environment_variable_is_the_default(
         ("./nowhere", "no such file"),
         ("pypi:xllamacpp", "with an exact version"),
         ("pypi:requests==2.0", "no llama.cpp server known here"),
-        ("docker:image", "not supported yet"),
+        ("docker:", "write docker:IMAGE"),
         ("http://127.0.0.1:9", "no llama-server answers"),
     ],
 )

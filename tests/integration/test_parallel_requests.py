@@ -12,7 +12,7 @@ from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.measure.launch import Session
 from pytest_llmperf.models.synth import make_model
 from pytest_llmperf.models.text import text
-from pytest_llmperf.plan.config import LAUNCH, Config, Turn, Workload
+from pytest_llmperf.plan.config import LAUNCH, Config, ModelFiles, Turn, Workload
 from pytest_llmperf.plan.model import SynthSpec
 from pytest_llmperf.serve.launch import ServePlan, start
 
@@ -35,7 +35,7 @@ def test_a_real_server_answers_several_at_once(tmp_path: Path, shared_cache: Pat
     build = resolve(parse_spec("embedded", {}, tmp_path), shared_cache, print)
     model = make_model(SynthSpec(), shared_cache)
     config = Config("crowded", "tiny", {"threads": 1, "ctx-size": 1024, "parallel": 2})
-    with start(build, config, model, ServePlan(tmp_path / "run")) as server:
+    with start(build, config, ModelFiles(model), ServePlan(tmp_path / "run")) as server:
         session = Session(server, server.client.tokenize(text()))
         session.settle()
         assert session.slots() == 2

@@ -10,7 +10,7 @@ from support.project import Project
 
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.serve.launch import ServePlan, start
 
 MODEL = Path(__file__).parents[2] / "pytest_llmperf" / "data" / "tiny-quality.gguf"
@@ -165,7 +165,7 @@ def test_a_running_server_is_asked_token_by_token(
     """It has no tool and no file, and its answers can be compared all the same."""
     build = resolve(parse_spec("embedded", {}, answers.path), shared_cache, lambda _text: None)
     config = Config("any", "tiny", {"threads": 1, "flash-attn": "on", "ctx-size": 512})
-    with start(build, config, MODEL, ServePlan(answers.path / "logs")) as server:
+    with start(build, config, ModelFiles(MODEL), ServePlan(answers.path / "logs")) as server:
         key = next((answers.path / "logs").glob("*.key")).read_text("utf-8").strip()
         monkeypatch.setenv("LLMPERF_API_KEY", key)
         outcome = answers.run(f"--llmperf-build={server.url}", "--baseline=embedded", "-k", "f16")

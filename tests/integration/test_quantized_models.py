@@ -9,6 +9,7 @@ import pytest
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.models.locate import locate
+from pytest_llmperf.plan.config import ModelFiles
 from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.serve.launch import ServePlan, start
 
@@ -49,7 +50,7 @@ def answer(name: str, folder: Path, cache: Path) -> tuple[str, str]:
     config = suite.configs[name]
     model = locate(suite.models[config.model], [], cache, suite.models)
     build = resolve(parse_spec("embedded", {}, folder), cache, lambda _text: None)
-    with start(build, config, model, ServePlan(folder=folder)) as server:
+    with start(build, config, ModelFiles(model), ServePlan(folder=folder)) as server:
         reply = server.client.complete(server.client.tokenize(PROMPT), 16, "a test")
         return reply.text, server.log_text()
 

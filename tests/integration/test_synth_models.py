@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ _EMBEDDED = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
+params.mmproj.path = sys.argv[2]
 params.n_ctx = 2048
 params.n_parallel = 1
 params.port = 0
@@ -40,15 +44,16 @@ _LISTENING = re.compile(rb"listening on (https?://\S+)")
 _PATIENCE = 60.0
 
 
-def embedded(model: Path) -> list[str]:
+def embedded(model: Path, projector: Path | None = None) -> list[str]:
     """Return the command that serves `model` with the embedded wheel."""
     pytest.importorskip("xllamacpp")
-    return [sys.executable, "-c", _EMBEDDED, str(model)]
+    return [sys.executable, "-c", _EMBEDDED, str(model), str(projector or "")]
 
 
-def binary(server: Path, model: Path) -> list[str]:
+def binary(server: Path, model: Path, projector: Path | None = None) -> list[str]:
     """Return the command that serves `model` with a real llama-server."""
-    return [str(server), "-m", str(model), *_OPTIONS, *_ADDRESS]
+    images = ["--mmproj", str(projector)] if projector else []
+    return [str(server), "-m", str(model), *images, *_OPTIONS, *_ADDRESS]
 
 
 @contextlib.contextmanager
@@ -99,6 +104,24 @@ def events(client: httpx.Client, path: str, **body: object) -> list[dict[str, An
             for line in response.iter_lines()
             if line.startswith("data: {")
         ]
+
+
+def picture(width: int, height: int) -> str:
+    """Return a PNG with a gradient, as the URL that a chat takes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    # One byte before each line says that it is not filtered; three bytes a pixel.
+    lines = (
+        b"\0" + b"".join(bytes((5 * x % 256, 5 * y % 256, 99)) for x in range(width))
+        for y in range(height)
+    )
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"".join(lines)))
+    png = b"\x89PNG\r\n\x1a\n" + data + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 @pytest.fixture(
@@ -186,6 +209,29 @@ def test_chat_works_token_by_token(server: httpx.Client) -> None:
     assert sum(bool(delta.get("content")) for delta in deltas) == 32
 
 
+def test_thinking_is_switched_by_the_template(server: httpx.Client) -> None:
+    """Off it reads an empty thought, on and by default nothing; answers stay token by token."""
+    messages = [{"role": "user", "content": "Why does a radio hum?"}]
+
+    def prompt(**switch: bool) -> str:
+        body = {"messages": messages, "chat_template_kwargs": switch}
+        return str(ask(server, "/apply-template", **body)["prompt"])
+
+    asked = "<|im_start|>user\nWhy does a radio hum?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt() == prompt(enable_thinking=True) == asked
+    assert prompt(enable_thinking=False) == f"{asked}<think>\n\n</think>\n\n"
+    found = events(
+        server,
+        "/v1/chat/completions",
+        messages=messages,
+        max_tokens=16,
+        temperature=0,
+        chat_template_kwargs={"enable_thinking": False},
+    )
+    deltas = [event["choices"][0]["delta"] for event in found if event["choices"]]
+    assert sum(bool(delta.get("content")) for delta in deltas) == 16
+
+
 @pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant != "Q8_0"])
 def test_every_quant_is_served(quant: str, tmp_path: Path) -> None:
     """Each type of weights loads, and generates numbers, not NaN."""
@@ -198,10 +244,20 @@ def test_every_quant_is_served(quant: str, tmp_path: Path) -> None:
         assert all(-10 < token["logprob"] < 0 for token in answer["completion_probabilities"])
 
 
-@pytest.mark.parametrize("quant", BLOCK_QUANTS)
-@pytest.mark.parametrize("preset", ["llama-10m", "qwen3-moe-tiny"])
+MADE = [
+    *((preset, quant) for preset in ("llama-10m", "qwen3-moe-tiny") for quant in BLOCK_QUANTS),
+    ("llama-10m", "Q4_K_M"),
+    ("qwen3-moe-tiny", "MXFP4_MOE"),
+    ("qwen35-tiny", "Q4_K"),
+    ("qwen35-tiny", "F16"),
+    ("qwen35-moe-tiny", "Q4_K_M"),
+    ("qwen35-moe-tiny", "MXFP4_MOE"),
+]
+
+
+@pytest.mark.parametrize(("preset", "quant"), MADE)
 def test_presets_are_served(preset: str, quant: str, tmp_path: Path) -> None:
-    """Each type of blocks loads, dense and as experts, and generates words, not NaN."""
+    """Each type of blocks loads, dense, as experts and hybrid, and generates words, not NaN."""
     pytest.importorskip("gguf")
     model = make_model(PresetSpec(preset, quant=quant), tmp_path)
     with serve(embedded(model), tmp_path / "log") as client:
@@ -211,3 +267,74 @@ def test_presets_are_served(preset: str, quant: str, tmp_path: Path) -> None:
         assert all(-10 < token["logprob"] < 0 for token in answer["completion_probabilities"])
         assert "\N{REPLACEMENT CHARACTER}" not in answer["content"]
         assert len(set(answer["content"].split())) > 4
+
+
+@pytest.mark.parametrize("preset", ["qwen35-tiny", "qwen35-moe-tiny"])
+def test_the_state_of_a_hybrid_stays_finite(preset: str, tmp_path: Path) -> None:
+    """A long prompt and a long answer: nothing grows into NaN, and no word repeats for ever."""
+    pytest.importorskip("gguf")
+    model = make_model(PresetSpec(preset), tmp_path)
+    with serve(embedded(model), tmp_path / "log") as client:
+        prompt = ask(client, "/tokenize", content=text())["tokens"][:1200]
+        answer = ask(client, "/completion", **fixed(prompt, 700), n_probs=1)
+        found = answer["completion_probabilities"]
+        assert len(found) == 700
+        assert all(-10 < token["logprob"] < 0 for token in found)
+        assert len(set(answer["content"].split()[-100:])) > 20
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("preset", ["qwen35-tiny", "qwen35-moe-tiny"])
+def test_hybrids_are_served_by_a_binary(preset: str, real_server: Path, tmp_path: Path) -> None:
+    """A llama-server that knows the architecture loads what the wheel loads."""
+    pytest.importorskip("gguf")
+    model = make_model(PresetSpec(preset), tmp_path)
+    with serve(binary(real_server, model), tmp_path / "log") as client:
+        prompt = ask(client, "/tokenize", content=text()[:200])["tokens"]
+        answer = ask(client, "/completion", **fixed(prompt, 32), n_probs=1)
+        assert all(-10 < token["logprob"] < 0 for token in answer["completion_probabilities"])
+
+
+@pytest.fixture(params=["embedded", pytest.param("binary", marks=pytest.mark.tools)])
+def seeing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[httpx.Client]:
+    """A server of the default shape that takes images."""
+    pytest.importorskip("gguf")
+    files = [make_model(spec, tmp_path) for spec in (SynthSpec(), PresetSpec("vision-tiny"))]
+    if request.param == "embedded":
+        command = embedded(*files)
+    else:
+        command = binary(request.getfixturevalue("real_server"), *files)
+    with serve(command, tmp_path / "log") as client:
+        yield client
+
+
+def test_an_image_is_sixteen_tokens(seeing: httpx.Client) -> None:
+    """Whatever its size; the answer is text, and depends on the image."""
+    words = {"type": "text", "text": "What is that? "}
+
+    def answer(*content: dict[str, Any]) -> tuple[int, str]:
+        body = {"messages": [{"role": "user", "content": [words, *content]}]}
+        found = ask(
+            seeing, "/v1/chat/completions", **body, max_tokens=24, temperature=0, logprobs=True
+        )
+        choice = found["choices"][0]
+        assert all(-10 < token["logprob"] < 0 for token in choice["logprobs"]["content"])
+        return found["usage"]["prompt_tokens"], choice["message"]["content"]
+
+    blind, without = answer()
+    small, one = answer({"type": "image_url", "image_url": {"url": picture(48, 40)}})
+    large, two = answer({"type": "image_url", "image_url": {"url": picture(200, 90)}})
+    assert small == large == blind + 16
+    assert len({without, one, two}) == 3
+
+
+def test_a_projector_of_another_width_is_refused(tmp_path: Path) -> None:
+    """The server says both widths; it is never used wrongly."""
+    pytest.importorskip("gguf")
+    files = [
+        make_model(spec, tmp_path)
+        for spec in (SynthSpec(), PresetSpec("vision-tiny", embedding=512))
+    ]
+    done = subprocess.run(embedded(*files), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "n_embd = 256) and mmproj (n_embd = 512)" in done.stderr

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.launch import ServePlan, Server, start
 
 PROGRAM = Path(__file__).parents[1] / "fake_server.py"
+BENCH_PROGRAM = PROGRAM.with_name("fake_bench.py")
 CONFIG = Config("one", "tiny", {"threads": 1, "ctx-size": 1024})
 PATIENCE = 30.0
 """Seconds until what has to happen counts as not happening."""
@@ -81,7 +82,7 @@ def fake_server(folder: Path, faults: str = "", *, hang: float = PATIENCE) -> It
     """Start a fake server with these faults in this folder; stop it at the end."""
     build = fake_build(Journal(folder / "journal"), faults=faults)
     plan = ServePlan(folder / "run", timeout=PATIENCE, hang=hang)
-    with start(build, CONFIG, folder / "model.gguf", plan) as server:
+    with start(build, CONFIG, ModelFiles(folder / "model.gguf"), plan) as server:
         yield server
 
 
@@ -115,3 +116,12 @@ def eventually(condition: Callable[[], bool]) -> bool:
 def goes(pid: int) -> bool:
     """Return whether a process goes within :data:`PATIENCE`."""
     return eventually(lambda: not running(pid))
+
+
+def add_bench(folder: Path, faults: str = "", *, number: int = 9000) -> Path:
+    """Put a fake llama-bench into a build's folder; return the journal of its starts."""
+    journal = folder / "bench-journal"
+    own = ("--fake-faults", faults, "--fake-journal", str(journal), "--fake-number", str(number))
+    command = (sys.executable, "-I", "-S", str(BENCH_PROGRAM), *own, "--")
+    write_program(folder / "llama-bench", command)
+    return journal

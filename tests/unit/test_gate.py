@@ -12,8 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmperf.campaign import Campaign, PairedLaunches
-from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, ServerError
+from pytest_llmperf.campaign.base import Campaign, PairedLaunches
+from pytest_llmperf.errors import (
+    BuildError,
+    LlmperfError,
+    OutOfMemoryError,
+    PlanError,
+    ServerError,
+    TooSlowError,
+)
 from pytest_llmperf.gate import (
     Absent,
     Comparison,
@@ -26,9 +33,13 @@ from pytest_llmperf.gate import (
     to_block,
 )
 from pytest_llmperf.judge.priors import Priors, pooled_prior
-from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN
+from pytest_llmperf.judge.side_by_side import (
+    DEFAULT_BLOCK_PRIOR,
+    DEFAULT_PLAN,
+    UNPAIRED_BLOCK_PRIOR,
+)
 from pytest_llmperf.judge.statistics import Prior
-from pytest_llmperf.judge.store import Baseline, Recorded
+from pytest_llmperf.judge.store import Baseline, Failure, Recorded
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import METRICS
@@ -84,6 +95,15 @@ class Canned:
     blocks: int = 0
     endpoint: bool = False
     disturbed: str = ""
+    digest: str = ""
+    """Of what the baseline was asked, where that is not what the other was."""
+    each: tuple[Canned, Canned] | None = None
+    """The baseline's build and the one under test, by themselves."""
+
+    def alone(self, *, base: bool) -> Canned:
+        """Return a campaign of one of the builds by itself."""
+        assert self.each is not None
+        return self.each[0 if base else 1]
 
     @property
     def measured(self) -> tuple[int, int]:
@@ -106,8 +126,11 @@ class Canned:
         self.blocks = max(self.blocks, index + 1)
         new = launch_of("b2", self.workload, self.metric, self.new(index))
         new.disturbed = self.disturbed
+        base = launch_of("b1", self.workload, self.metric, self.base(index))
+        if self.digest:
+            base.digests[self.workload] = self.digest
         return PairedLaunches(
-            base=launch_of("b1", self.workload, self.metric, self.base(index)),
+            base=base,
             new=new,
             together=self.together,
             orders={self.workload: "bn"},
@@ -308,6 +331,29 @@ def test_the_change_since_the_oldest_baseline(
     if isinstance(since, dict):
         assert (since["label"], since["value"]) == ("b0", 110.0)
         assert since["change"] == pytest.approx(100 / 110 - 1, abs=0.005)
+
+
+def test_blocks_that_do_not_take_turns_have_a_prior_of_their_own() -> None:
+    """A slowdown that paired blocks would show is not clear yet where nothing cancels."""
+    priors = Priors({"decode_tps": Prior(0.01, 7.0)}, {"decode_tps": Prior(0.03, 5.0)})
+    apart = Canned("decode_tps", around(100.0), together=False)
+    known = ask(apart, SideBySide(), priors=priors).evidence["prior"]
+    assert known == {"s0": pytest.approx(0.03 * 2**0.5), "d0": 5.0}
+    unknown = ask(apart, SideBySide()).evidence["prior"]
+    assert unknown == {"s0": UNPAIRED_BLOCK_PRIOR.s0, "d0": UNPAIRED_BLOCK_PRIOR.d0}
+    size = Canned("rss_mib", around(100.0), workload=LAUNCH, together=False)
+    sized = ask(size, SideBySide(), case=ALONE).evidence["prior"]
+    assert sized == {"s0": DEFAULT_BLOCK_PRIOR.s0, "d0": DEFAULT_BLOCK_PRIOR.d0}
+
+
+def test_llama_bench_tells_two_metrics() -> None:
+    """The reason names them, and the way to others."""
+    case = Case(CONFIG, Workload("d8", (Turn(64, 64, 8),), tool="llama-bench"))
+    for metric in ("ttft_ms", "rss_mib"):
+        canned = Canned(metric, new=lambda _: [], workload="d8")
+        verdict = ask(canned, Record(), case=case)
+        assert verdict.outcome is Outcome.ERROR
+        assert "llama-bench tells prefill_tps and decode_tps" in verdict.reason
 
 
 def test_what_calibration_found_is_used() -> None:
@@ -609,7 +655,7 @@ def test_a_failure_of_another_workload_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("metric", "hint"),
     [
-        ("vram_mib", "NVML tells no GPU memory"),
+        ("vram_mib", "neither NVML nor the log tells"),
         ("offloaded_layers", "a build for the CPU offloads none"),
         ("load_ms", "was not started by us"),
         ("rss_mib", "processes are not ours"),
@@ -730,3 +776,143 @@ def test_the_first_block_does_not_spend_the_budget(monkeypatch: pytest.MonkeyPat
     canned = Slow("decode_tps", around(100.0))
     ask(canned, SideBySide(), budget=50.0)
     assert canned.blocks == 2
+
+
+def test_builds_that_were_asked_different_things_are_not_compared() -> None:
+    """As where a chat template makes other prompts; that is no verdict on speed."""
+    verdict = ask(Canned("decode_tps", HUNDRED, digest="0a"), SideBySide())
+    assert verdict.outcome is Outcome.ERROR
+    assert "b1 and b2 were not asked the same by short: their chat templates" in verdict.reason
+
+
+# -- what cannot be measured ------------------------------------------------------------------
+
+OOM = OutOfMemoryError(
+    "out of memory: no room", what="CUDA0 model buffer of 8984 MiB", log=None, kind="start"
+)
+OTHER_OOM = OutOfMemoryError("no room", what="CUDA0 KV buffer of 10 MiB", log=None, kind="start")
+SLOW = TooSlowError("sample 1 of long: too slow: given up after 60 s\nand more")
+WAS = Failure("oom", "CUDA0 model buffer of 8984 MiB")
+WAS_SLOW = Failure("too-slow", "given up")
+
+
+def broken(error: LlmperfError) -> Canned:
+    """A campaign whose build cannot be measured."""
+    return Canned("decode_tps", HUNDRED, error=error)
+
+
+def failing(was: Failure, *, by: str = "measured", prompt: str = "unknown") -> Stored:
+    """A recorded baseline of a case that could not be measured."""
+    before = stored({}, by=by)
+    known = {} if by == "published" else {CASE.key: {**FINGERPRINT, "prompt": prompt}}
+    return replace(
+        before, baseline=replace(before.baseline, failures={CASE.key: was}, fingerprints=known)
+    )
+
+
+@pytest.mark.parametrize("comparison", [SPEED, SideBySide()])
+def test_no_memory_is_an_outcome_of_its_own(comparison: Comparison) -> None:
+    """Of a case that was measured with the baseline; it fails, with what the error says."""
+    canned = replace(broken(OOM), each=(Canned("decode_tps", HUNDRED), broken(OOM)))
+    verdict = ask(canned, comparison)
+    assert verdict.outcome is Outcome.OOM
+    assert "out of memory: no room" in verdict.reason
+    if isinstance(comparison, SideBySide):
+        assert verdict.base == pytest.approx(100.0, rel=0.01)
+        assert verdict.reason.startswith("the baseline's build does not, decode_tps is ")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(ServerError("it crashed", kind="crashed"), Outcome.ERROR), (SLOW, Outcome.ERROR)],
+)
+def test_another_failure_stays_an_error(error: LlmperfError, outcome: Outcome) -> None:
+    """Only memory has an outcome of its own."""
+    assert ask(broken(error), SPEED).outcome is outcome
+
+
+@pytest.mark.parametrize(("error", "kind"), [(OOM, "oom"), (SLOW, "too-slow")])
+def test_what_cannot_be_measured_can_be_recorded(error: LlmperfError, kind: str) -> None:
+    """With what ran out in a few words, in one line."""
+    verdict = ask(broken(error), Record())
+    assert verdict.outcome is Outcome.RECORDED
+    told = verdict.evidence["failed"]
+    assert isinstance(told, dict)
+    assert told["kind"] == kind
+    assert "\n" not in told["what"]
+
+
+def test_what_worked_once_is_not_recorded_as_a_failure() -> None:
+    """A later launch that finds no memory has another reason than the config."""
+
+    class Later(Canned):
+        def launch(self, index: int) -> Launch:
+            if index:
+                raise OOM
+            return super().launch(index)
+
+    assert ask(Later("decode_tps", HUNDRED), Record()).outcome is Outcome.OOM
+
+
+@pytest.mark.parametrize(
+    ("was", "error", "told"),
+    [
+        (WAS, OOM, "as recorded of b1"),
+        (
+            WAS,
+            OTHER_OOM,
+            "CUDA0 KV buffer of 10 MiB), as recorded of b1; with b1 it was CUDA0 model",
+        ),
+        (WAS_SLOW, SLOW, "it is too slow ("),
+    ],
+)
+def test_a_failure_that_was_recorded_passes(was: Failure, error: LlmperfError, told: str) -> None:
+    """As long as it is of the same kind, whichever buffer it is."""
+    for comparison in (failing(was), failing(was, by="published")):
+        verdict = ask(broken(error), comparison)
+        assert verdict.outcome is Outcome.PASS
+        assert told in verdict.reason
+
+
+def test_a_recorded_failure_that_is_gone_is_an_improvement() -> None:
+    """With the value; what was not asked then had no prompt to compare."""
+    for comparison in (failing(WAS), failing(WAS_SLOW), failing(WAS, by="published")):
+        verdict = ask(
+            Canned("decode_tps", HUNDRED), comparison, fingerprint={**FINGERPRINT, "prompt": "p"}
+        )
+        assert verdict.outcome is Outcome.IMPROVED
+        assert verdict.new == pytest.approx(100.0, rel=0.01)
+        assert "the baseline is stale" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("was", "error", "outcome"), [(WAS_SLOW, OOM, Outcome.OOM), (WAS, SLOW, Outcome.ERROR)]
+)
+def test_a_failure_of_another_kind_fails(
+    was: Failure, error: LlmperfError, outcome: Outcome
+) -> None:
+    """What was too slow must not run out of memory, nor the other way round."""
+    assert ask(broken(error), failing(was)).outcome is outcome
+
+
+@pytest.mark.parametrize("canned", [broken(OOM), Canned("decode_tps", HUNDRED)])
+def test_a_failure_under_other_conditions_is_not_comparable(canned: Canned) -> None:
+    """A context that was made smaller is no improvement."""
+    verdict = ask(canned, failing(WAS), fingerprint={**FINGERPRINT, "options": "threads=2"})
+    assert verdict.outcome is Outcome.INCOMPARABLE
+
+
+def test_side_by_side_each_build_is_tried_alone() -> None:
+    """Both fail; only the baseline does; or neither does by itself, and then the error stands."""
+    works = Canned("decode_tps", HUNDRED)
+    both = ask(replace(broken(OOM), each=(broken(OTHER_OOM), broken(OOM))), SideBySide())
+    assert both.outcome is Outcome.OOM
+    assert both.reason.startswith(
+        "both builds fail; the baseline's build too runs out of memory (CUDA0 KV"
+    )
+    better = ask(replace(broken(OOM), each=(broken(OOM), works)), SideBySide())
+    assert better.outcome is Outcome.IMPROVED
+    assert better.new == pytest.approx(100.0, rel=0.01)
+    neither = ask(replace(broken(OOM), each=(works, works)), SideBySide())
+    assert neither.outcome is Outcome.OOM
+    assert neither.reason == str(OOM)

@@ -530,3 +530,48 @@ def test_perplexity_alone_never_passes(
     assert ("alone" in found[0].evidence) == (said is not ppl)
     assert again(found[0]) is (said if ppl is Outcome.PASS else again(found[0]))
     assert [verdict.outcome for verdict in found[1:]] == others
+
+
+# -- no memory ----------------------------------------------------------------------------------
+
+
+def failing(desk: Desk, build: Build) -> Stored:
+    """Record that a build has no memory for the case, as a run does."""
+    passes = desk.passes(build)
+    verdict = ask(passes, Record())
+    assert verdict.outcome is Outcome.RECORDED
+    told = verdict.evidence["failed"]
+    assert isinstance(told, dict)
+    path = desk.folder / "baselines" / build.label / "lab.json"
+    store.update(
+        path,
+        build={"label": build.label},
+        machine={"key": "lab"},
+        recorded={"at": "2026-02-27", "by": "measured", "source": "a test"},
+        measured={CASE.key: Measured(passes.conditions(CASE), {}, store.Failure(**told))},
+    )
+    return Stored(store.load(path), build.label, str(path), "--llmperf-build=old")
+
+
+def test_a_pass_without_memory_is_an_outcome_that_can_be_recorded(desk: Desk) -> None:
+    """OOM where nothing says so; PASS as recorded; IMPROVED once it fits."""
+    broken, works = desk.build("b2", fault="memory"), desk.build("b3")
+    assert ask(desk.passes(broken), desk.record(desk.build("b1"))).outcome is Outcome.OOM
+    stored = failing(desk, broken)
+    same = ask(desk.passes(broken), stored)
+    assert same.outcome is Outcome.PASS
+    assert "runs out of memory (CPU KV buffer of 19532 MiB), as recorded of b2" in same.reason
+    better = ask(desk.passes(works), stored)
+    assert better.outcome is Outcome.IMPROVED
+    assert again(better) is Outcome.IMPROVED
+    for budget, outcome in ((1.0, Outcome.IMPROVED), (-1.0, Outcome.REGRESSION)):
+        case = replace(CASE, config=replace(PLAIN, budgets={"kld_mean": budget}))
+        held = ask(desk.passes(works), stored, case=case)
+        assert (held.outcome, again(held)) == (outcome, outcome)
+
+
+def test_a_pass_without_memory_of_another_corpus_is_not_comparable(desk: Desk) -> None:
+    """A shorter text is no improvement."""
+    broken = desk.build("b2", fault="memory")
+    stored = altered(failing(desk, broken), corpus="another")
+    assert ask(desk.passes(broken), stored).outcome is Outcome.INCOMPARABLE

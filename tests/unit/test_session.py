@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from support.fakes import Journal, eventually, fake_command, write_program
+from support.fakes import Journal, add_bench, eventually, fake_command, write_program
 from support.streams import CHUNKS, Lab, made_up
 
+from pytest_llmperf import session
 from pytest_llmperf.errors import BaselineError, BuildError, PlanError, ServerError
 from pytest_llmperf.gate import Absent, Record, SideBySide, Stored
 from pytest_llmperf.judge import store
@@ -71,6 +73,10 @@ turns = [{{ prompt = 24, generate = 4 }}]
 
 [workloads.w40]
 turns = [{{ prompt = 40, generate = 4 }}]
+
+[workloads.d8]
+tool = "llama-bench"
+turns = [{{ depth = 8, prompt = 24, generate = 4 }}]
 
 [passes.p]
 corpus = "words.txt"
@@ -260,7 +266,7 @@ def test_without_any_baseline_the_list_says_none(project: Project) -> None:
     [
         ("pypi:numpy==1.0", "numpy holds no llama.cpp server"),
         ("pypi:xllamacpp", "with an exact version"),
-        ("docker:image", "not supported yet"),
+        ("ollama:127.0.0.1:1", "write ollama:http"),
     ],
 )
 def test_a_spec_of_a_known_kind_says_what_is_wrong_with_it(
@@ -440,6 +446,38 @@ def test_a_fingerprint_tells_what_must_be_equal(project: Project) -> None:
     assert run.fingerprint(case_of(run, "one", "w40"), launch)["prompt"] == "unknown"
     shorter = replace(run.suite.configs["one"], options={"ctx-size": 512})
     assert run.fingerprint(Case(shorter, None), launch) != alone
+
+
+def test_llama_bench_is_measured_by_itself(project: Project) -> None:
+    """Its workloads start no server; those of the server start no llama-bench."""
+    for name, number in (("new", 9001), ("fork", 9000)):
+        add_bench(project.root / name, "cpu", number=number)
+    run = project.run(baseline="fork")
+    case = case_of(run, "one", "d8")
+    run = project.run([case, case_of(run, "one", "w24")], baseline="fork")
+    result = run.gate("bench", case, {"decode_tps": None, "ttft_ms": None})
+    decode, ttft = result.verdicts
+    assert decode.base == decode.new == pytest.approx(100 / 1.08)
+    assert '"paired": false' in json.dumps(decode.evidence)
+    assert ttft.outcome is Outcome.ERROR
+    assert "llama-bench tells prefill_tps and decode_tps" in ttft.reason
+    assert "--n-depth 8" in result.new.command
+    assert project.journal.starts() == []
+    again = run.gate("speed", case_of(run, "one", "w24"), {"decode_tps": None})
+    assert "llama-server" in again.new.command
+    assert again.measured.keys() == {"decode_tps"}
+
+
+def test_a_fingerprint_of_llama_bench_minds_what_it_takes(project: Project) -> None:
+    """Another context of the server, or another template, changes nothing of its work."""
+    run = project.run()
+    case = case_of(run, "one", "d8")
+    launch = Launch("b1", "one", "", "", 0.0, digests={"d8": "random"})
+    found = run.fingerprint(case, launch)
+    wider = replace(case.config, options={**case.config.options, "ctx-size": 8, "jinja": True})
+    assert run.fingerprint(replace(case, config=wider), launch) == found
+    other = replace(case.config, options={**case.config.options, "cache-type-k": "q8_0"})
+    assert run.fingerprint(replace(case, config=other), launch) != found
 
 
 def test_samples_of_a_metric_are_taken_from_where_they_belong() -> None:
@@ -851,3 +889,15 @@ def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
     assert (tmp_path / "notes").exists()
     assert (tmp_path / "run-file").exists()
     assert (tmp_path / "latest").is_dir()
+
+
+def test_the_headline_warns_of_what_may_go_wrong(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is nearly full; GPUs that others use, where a selected config needs one."""
+    monkeypatch.setattr(session, "disk_warnings", lambda _folders: ["warning: the disk"])
+    monkeypatch.setattr(session, "gpu_warnings", lambda: ["warning: the GPU"])
+    run = project.run()
+    assert [line for line in run.headline if line.startswith("warning")] == ["warning: the disk"]
+    run.selected = {"c": [Case(Config("c", "m", gpu=True))]}
+    assert "warning: the GPU" in run.headline

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.settings import Settings, default_foreign_load, read_settings
+from pytest_llmperf.settings import Containers, Settings, default_foreign_load, read_settings
 
 ROOT = Path("/project")
 HERE = Path("/project/sub")
@@ -227,3 +227,32 @@ def test_the_limit_of_a_pass_is_an_ini_value() -> None:
     """In seconds; there is no option of the command line."""
     assert read(ini={"pass_limit": "90.5"}).pass_limit == 90.5
     assert read({"pass_limit": "90"}).pass_limit == 4 * 3600.0
+
+
+def test_containers_are_run_as_ini_file_or_environment_say() -> None:
+    """In words of a shell; the ini file wins, each value by itself."""
+    environment = {
+        "LLMPERF_CONTAINER": "sudo -n docker",
+        "LLMPERF_CONTAINER_RUN": "--volume '/my data:/data'",
+    }
+    run = ("--volume", "/my data:/data")
+    assert read().containers == Containers()
+    found = read(environment=environment).containers
+    assert found == Containers(("sudo", "-n", "docker"), run)
+    found = read(ini={"container": "podman"}, environment=environment).containers
+    assert found == Containers(("podman",), run)
+
+
+@pytest.mark.parametrize(
+    ("ini", "environment", "place"),
+    [
+        ({"container_run": "'open"}, {}, "ini llmperf_container_run"),
+        ({}, {"LLMPERF_CONTAINER": "'open"}, "LLMPERF_CONTAINER"),
+    ],
+)
+def test_a_quote_that_is_not_closed_names_its_place(
+    ini: dict[str, object], environment: dict[str, str], place: str
+) -> None:
+    """The value is shown."""
+    with pytest.raises(PlanError, match=rf"^{place}: .*'open.*No closing quotation"):
+        read(ini=ini, environment=environment)

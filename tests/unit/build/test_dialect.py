@@ -85,6 +85,10 @@ OLD = dialect("49bfdde")
         ({"mlock": True}, "--load-mode mlock", "--mlock"),
         ({"load-mode": "dio"}, "--load-mode dio", "--direct-io"),
         ({"direct-io": True}, "--load-mode dio", "--direct-io"),
+        # one option of all kinds of drafting, before it was split
+        ({"spec-ngram-mod-n-max": 64}, "--spec-ngram-mod-n-max 64", "--draft 64"),
+        ({"spec-ngram-mod-n-min": 48}, "--spec-ngram-mod-n-min 48", "--draft-min 48"),
+        ({"spec-ngram-mod-n-match": 24}, "--spec-ngram-mod-n-match 24", "--spec-ngram-size-n 24"),
         # another value in each build
         ({"spec-type": "draft"}, "--spec-type draft-simple", "--spec-type draft"),
         ({"spec-type": "ngram-mod"}, "--spec-type ngram-mod", "--spec-type ngram-mod"),
@@ -125,7 +129,6 @@ def test_no_options_are_no_arguments() -> None:
         (NEW, {"thread": 2}, "build b11434 has no option --thread (nearest: threads)"),
         (NEW, {"xyzzy": 2}, "build b11434 has no option --xyzzy"),
         (OLD, {"load-mode": "mmap+mlock"}, "build 49bfdde has no option --load-mode"),
-        (OLD, {"spec-ngram-mod-n-max": 64}, "build 49bfdde has no option --spec-ngram-mod-n-max"),
         (NEW, {"mlock": False}, "build b11434 has no option --mlock"),
         (
             OLD,

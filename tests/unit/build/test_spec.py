@@ -32,6 +32,18 @@ def parse(text: str, **builds: str) -> BuildSpec:
         (".", BuildSpec("path", ".", "/project")),
         ("http://127.0.0.1:8080/", BuildSpec("http", "http://127.0.0.1:8080/", "http://127.0.0.1:8080")),
         ("https://host", BuildSpec("http", "https://host", "https://host")),
+        ("http://host:1/v1/", BuildSpec("http", "http://host:1/v1/", "http://host:1")),
+        ("ollama:http://host:1/", BuildSpec("ollama", "ollama:http://host:1/", "http://host:1")),
+        ("docker:llama", BuildSpec("docker", "docker:llama", "llama")),
+        (
+            "docker:ghcr.io:443/ggml-org/llama.cpp:server-cuda",
+            BuildSpec(
+                "docker",
+                "docker:ghcr.io:443/ggml-org/llama.cpp:server-cuda",
+                "ghcr.io:443/ggml-org/llama.cpp:server-cuda",
+            ),
+        ),
+        ("docker:x@sha256:0a1b", BuildSpec("docker", "docker:x@sha256:0a1b", "x@sha256:0a1b")),
         (
             "pypi:xllamacpp==0.2.12",
             BuildSpec("pypi", "pypi:xllamacpp==0.2.12", "xllamacpp==0.2.12"),
@@ -96,8 +108,12 @@ def test_without_builds_the_error_says_none() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("docker:ghcr.io/ggml-org/llama.cpp:server", "are not supported yet; write a path to"),
-        ("ollama:http://127.0.0.1:11434", "are not supported yet"),
+        ("docker:", "write docker:IMAGE, docker:IMAGE:TAG or docker:IMAGE@sha256"),
+        ("docker:-v/:/host", "write docker:IMAGE"),
+        ("docker:llama cpp", "write docker:IMAGE"),
+        ("docker:llama\n", "write docker:IMAGE"),
+        ("ollama:127.0.0.1:11434", "write ollama:http://HOST:PORT"),
+        ("ollama:", "write ollama:http://HOST:PORT"),
         ("pypi:xllamacpp", "write pypi:NAME==VERSION, with an exact version"),
         ("pypi:xllamacpp>=0.2", "write pypi:NAME==VERSION, with an exact version"),
         ("pypi:xllamacpp==0.2 --index-url=x", "write pypi:NAME==VERSION"),
@@ -126,7 +142,8 @@ def test_an_entry_is_no_source_of_another_entry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "known"), [("embedded", True), ("fast", True), ("b1", False), ("docker:x", False)]
+    ("text", "known"),
+    [("embedded", True), ("fast", True), ("b1", False), ("docker:x", True), ("docker:", False)],
 )
 def test_is_spec_tells_a_build_from_the_name_of_a_baseline(text: str, known: bool) -> None:  # noqa: FBT001 - the expectation
     """It never raises."""

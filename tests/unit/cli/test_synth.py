@@ -12,6 +12,7 @@ from pytest_llmperf.cli import synth
 from pytest_llmperf.cli.main import main
 from pytest_llmperf.models.synth import make_model
 from pytest_llmperf.plan.model import PresetSpec
+from pytest_llmperf.plan.shapes import PRESETS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,29 @@ def test_it_writes_the_file_that_a_suite_makes(
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_a_projector_is_written_for_a_width(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The width is that of the text model it is for."""
+    out = tmp_path / "eyes.gguf"
+    assert main(["synth", "vision-tiny", "--embedding=512", str(out)]) == 0
+    spec = PresetSpec("vision-tiny", embedding=512)
+    assert out.read_bytes() == make_model(spec, tmp_path / "cache").read_bytes()
+    assert "llmperf: vision-tiny in F16: 1 million weights, 2 MB\n" in capsys.readouterr().err
+
+
+def test_presets_are_listed_with_their_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each, without naming a file."""
+    with pytest.raises(SystemExit) as ended:
+        main(["synth", "--list"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert shown["llama-8b"] == "8,030.3 M weights 4,523.1 MB in Q4_K"
+    assert shown["vision-tiny"] == "0.6 M weights 1.2 MB in F16"
+
+
 def test_a_large_file_is_not_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +91,8 @@ def test_a_file_is_replaced_only_when_told(
     ("arguments", "message"),
     [
         (["llama-2b", "x.gguf"], "no preset `llama-2b` (nearest: llama-"),
-        (["llama-1b", "--quant=IQ2_M", "x.gguf"], "`quant` of a preset must be one of F16"),
+        (["llama-1b", "--quant=IQ2_M", "x.gguf"], "`quant` of llama-1b must be one of F16"),
+        (["llama-1b", "--embedding=512", "x.gguf"], "it can be set for a projector alone"),
         (["llama-1b", "--layers=0", "x.gguf"], "`layers` must be a whole number of at least 1"),
         (["llama-1b", "."], "is a folder: name the file in it"),
     ],

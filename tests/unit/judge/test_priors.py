@@ -66,3 +66,16 @@ def test_calibration_is_not_believed_without_end() -> None:
     assert calibrated([1e-4] * 8, [100.0] * 8).d0 == MOST_D0
     assert calibrated([1e-4], [100.0]).d0 == LONE_D0
     assert calibrated([1e-4], [100.0]).s0 == pytest.approx(0.01, rel=0.02)
+
+
+def test_blocks_without_turns_are_as_noisy_as_two_launches() -> None:
+    """Nothing cancels in them, so the prior of paired blocks does not hold for them."""
+    priors = Priors(
+        blocks={"decode_tps": Prior(0.01, 8.0)}, launches={"decode_tps": Prior(0.03, 6.0)}
+    )
+    assert priors.block("decode_tps") == Prior(0.01, 8.0)
+    apart = priors.block("decode_tps", paired=False)
+    assert apart is not None
+    assert apart.s0 == pytest.approx(0.03 * 2**0.5)
+    assert apart.d0 == 6.0
+    assert priors.block("ttft_ms", paired=False) is None

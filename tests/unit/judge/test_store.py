@@ -17,6 +17,7 @@ from pytest_llmperf.judge import store
 from pytest_llmperf.judge.chunks import pooled
 from pytest_llmperf.judge.store import (
     Baseline,
+    Failure,
     Measured,
     Recorded,
     dump,
@@ -653,3 +654,91 @@ def test_the_largest_numbers_have_a_median(path: Path) -> None:
     largest = 8.98847e307
     record(path, {CASE: Measured({}, {"compute_mib": [[largest, largest]]})})
     assert store.load(path).results[CASE]["compute_mib"].value == largest
+
+
+# --- Failures ---------------------------------------------------------------------------------
+
+FAILED = Failure("oom", "CUDA0 model buffer of 8984 MiB")
+
+
+def oom(fingerprint: dict[str, str | int | float | bool] = PRINT) -> dict[str, Measured]:
+    """One case that runs out of memory."""
+    return {CASE: Measured(fingerprint, {}, FAILED)}
+
+
+def test_a_failure_is_recorded_and_read(path: Path) -> None:
+    """In the place of results; what is recorded twice is recorded once."""
+    [change] = record(path, oom())
+    assert (change.case, change.metric, change.failed) == (CASE, "", FAILED.words)
+    baseline = load(path)
+    assert baseline.failures == {CASE: FAILED}
+    assert (baseline.results, baseline.fingerprints) == ({}, {CASE: PRINT})
+    assert dump(baseline) == path.read_text("utf-8")
+    assert record(path, oom()) == []
+    assert stale(baseline, []) == [CASE]
+
+
+def test_results_take_the_place_of_a_failure(path: Path) -> None:
+    """What works is no failure any more."""
+    record(path, oom())
+    record(path, speed(ONE))
+    baseline = load(path)
+    assert baseline.failures == {}
+    assert baseline.results[CASE]["decode_tps"].launches == tuple(map(tuple, ONE))
+    assert '"failures"' not in path.read_text("utf-8")
+
+
+def test_a_failure_takes_the_place_of_results_of_other_conditions(path: Path) -> None:
+    """Each metric that goes is told."""
+    record(path, speed(ONE))
+    gone, failed = record(path, oom({**PRINT, "n_ctx": 65536}))
+    assert (gone.metric, gone.new, gone.replaced) == ("decode_tps", None, True)
+    assert failed.failed == FAILED.words
+    assert load(path).results == {}
+
+
+def test_a_failure_does_not_wipe_what_was_measured_alike(path: Path) -> None:
+    """Memory was short for another reason then; the prompt is not known of what failed."""
+    record(path, {CASE: Measured({**PRINT, "prompt": "abc"}, {"decode_tps": ONE})})
+    before = path.read_text("utf-8")
+    with pytest.raises(
+        BaselineError, match=r"now it runs out of memory \(CUDA0 .* delete the case"
+    ):
+        record(path, oom({**PRINT, "prompt": "unknown"}))
+    assert path.read_text("utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("failures", "message"),
+    [
+        ({CASE: {"kind": "slow", "what": "x"}}, "kind: expected one of 'oom', 'too-slow'"),
+        ({CASE: {"kind": "oom", "what": " "}}, "what: expected what ran out"),
+        ({CASE: {"kind": "oom"}}, "key 'what' is missing"),
+        ({CASE: {"kind": "oom", "what": "x", "mib": 1}}, "unknown key"),
+        ({"c7": {"kind": "oom", "what": "x"}}, "expected CONFIG/WORKLOAD"),
+        ({CASE: "oom"}, "expected an object"),
+        ([], "expected an object"),
+    ],
+)
+def test_a_bad_failure_is_refused(path: Path, failures: object, message: str) -> None:
+    """With file and place."""
+    record(path, oom())
+    data = json.loads(path.read_text("utf-8")) | {"failures": failures, "fingerprints": {}}
+    with pytest.raises(BaselineError, match=message):
+        parse(json.dumps(data), path)
+
+
+def test_a_case_was_measured_or_failed(path: Path) -> None:
+    """Not both."""
+    record(path, speed(ONE))
+    data = json.loads(path.read_text("utf-8"))
+    data["failures"] = {CASE: {"kind": "oom", "what": "x"}}
+    with pytest.raises(BaselineError, match="results have this case too"):
+        parse(json.dumps(data), path)
+
+
+def test_only_known_failures_are_recorded(path: Path) -> None:
+    """Refused before the file is touched."""
+    with pytest.raises(BaselineError, match="expected one of"):
+        record(path, {CASE: Measured(PRINT, {}, Failure("crash", "x"))})
+    assert not path.exists()

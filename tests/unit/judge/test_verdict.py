@@ -70,6 +70,7 @@ def test_json_round_trip(verdict: Verdict) -> None:
         (Outcome.REGRESSION, True, True),
         (Outcome.INCOMPARABLE, True, True),
         (Outcome.MISSING, True, True),
+        (Outcome.OOM, True, True),
         (Outcome.ERROR, True, True),
         (Outcome.RECORDED, False, False),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_llmperf.measure import gpu
-from pytest_llmperf.measure.gpu import Gpu, free_mib, gpus, vram_mib
+from pytest_llmperf.measure.gpu import Gpu, Held, free_mib, gpus, holders, vram_mib
 
 MIB = 1024 * 1024
 
@@ -57,6 +57,7 @@ def fake_pynvml(cards: list[Card], *, driver: str | bytes = "580.1") -> ModuleTy
         "nvmlDeviceGetName": lambda card: card.name,
         "nvmlDeviceGetMemoryInfo": memory,
         "nvmlDeviceGetComputeRunningProcesses": running,
+        "nvmlDeviceGetGraphicsRunningProcesses": running,
     }
     module = ModuleType("pynvml")
     vars(module).update(functions)
@@ -134,3 +135,13 @@ def test_a_gpu_that_shares_the_cpus_memory_is_a_gpu(monkeypatch: pytest.MonkeyPa
     install(monkeypatch, fake_pynvml(cards))
     assert gpus() == (Gpu(0, "NVIDIA GB10", 0, "580.1"),)
     assert free_mib() == {}
+
+
+def test_holders_are_all_processes_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once a GPU, though it computes and draws; how much it holds may not be told."""
+    cards = [
+        Card("A", 1000, 10, [(7, 100), (8, None)]),
+        Card("B", 1000, 10, [(7, 100)], tells_processes=False),
+    ]
+    install(monkeypatch, fake_pynvml(cards))
+    assert holders() == [Held(0, 7, 100.0), Held(0, 8, 0.0)]

@@ -43,6 +43,16 @@ def test_our_own_work_is_not_foreign() -> None:
     assert f"pid {child.pid}" not in load.worst
 
 
+def test_what_ended_meanwhile_was_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of ours that is done when the load is read was no foreign load."""
+    readings = [
+        host._Reading(at=0.0, busy=10.0, steal=0.0, used={}, ended=1.0, throttled=0),
+        host._Reading(at=2.0, busy=14.0, steal=0.0, used={}, ended=4.0, throttled=0),
+    ]
+    monkeypatch.setattr(host, "_read", lambda: readings.pop(0))
+    assert Watch().load().cores == pytest.approx(0.5)
+
+
 def test_a_neighbour_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy process that is not ours is told with its name, pid and cores."""
     child = subprocess.Popen([sys.executable, "-c", _SPIN])

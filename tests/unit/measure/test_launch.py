@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fakes import Journal, fake_server
 
-from pytest_llmperf.errors import CheckError
+from pytest_llmperf.errors import CheckError, TooSlowError
 from pytest_llmperf.measure import launch as module
 from pytest_llmperf.measure.launch import (
     Session,
@@ -24,8 +24,10 @@ from pytest_llmperf.measure.launch import (
     rss_mib,
     timings,
 )
+from pytest_llmperf.measure.logfacts import read_log
+from pytest_llmperf.measure.prompts import Request
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
-from pytest_llmperf.serve.client import Reply
+from pytest_llmperf.serve.stream import Reply
 
 GOOD = Reply(
     prompt_n=100,
@@ -70,9 +72,12 @@ REPLIES = st.lists(
 )
 
 
+ASKED = Request(prompt=(1,) * 100, generate=21)
+
+
 def test_cold_full_length_work_is_a_measurement() -> None:
     """An answer that is what was asked for passes in silence."""
-    check(GOOD, prompt=100, generate=21, what=WHAT)
+    check(GOOD, ASKED, WHAT)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +97,78 @@ def test_cold_full_length_work_is_a_measurement() -> None:
 def test_every_violation_is_named(fields: Mapping[str, Any], message: str) -> None:
     """The error names the request and what is wrong with the answer."""
     with pytest.raises(CheckError) as caught:
-        check(replace(GOOD, **fields), prompt=100, generate=21, what=WHAT)
+        check(replace(GOOD, **fields), ASKED, WHAT)
     assert str(caught.value) == f"{WHAT}: not a measurement: {message}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cache_n": 60, "prompt_n": 40}, ""),
+        ({}, "0 prompt tokens came from a cache, not 60; 100 of 40 prompt tokens were evaluated"),
+        ({"cache_n": 61, "prompt_n": 39}, "61 prompt tokens came from a cache, not 60; 39 of 40"),
+    ],
+)
+def test_at_a_depth_exactly_that_comes_from_the_cache(
+    fields: Mapping[str, Any], message: str
+) -> None:
+    """Neither less, which would be a cold prompt, nor more."""
+    asked = Request(prompt=(1,) * 100, generate=21, depth=60)
+    if not message:
+        check(replace(GOOD, **fields), asked, WHAT)
+        return
+    with pytest.raises(CheckError, match=message):
+        check(replace(GOOD, **fields), asked, WHAT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "known", "message"),
+    [
+        ({}, None, ""),
+        ({}, 100, ""),
+        ({}, 101, "100 prompt tokens were evaluated, and 101 before"),
+        ({"prompt_n": 84}, None, "the picture made no tokens: 84 were evaluated"),
+        ({"cache_n": 1}, None, "1 prompt tokens came from a cache"),
+    ],
+)
+def test_a_picture_always_makes_as_many_tokens(
+    fields: Mapping[str, Any], known: int | None, message: str
+) -> None:
+    """How many is known from the first answer; none at all is wrong."""
+    asked = Request(prompt=(1,) * 84, generate=21, pictured=True)
+    if not message:
+        check(replace(GOOD, **fields), asked, WHAT, known)
+        return
+    with pytest.raises(CheckError, match=message):
+        check(replace(GOOD, **fields), asked, WHAT, known)
+
+
+@pytest.mark.parametrize(
+    ("fields", "known", "message"),
+    [
+        ({"cache_n": None}, None, ""),
+        ({"cache_n": 20}, 118, ""),
+        ({"cache_n": 33}, None, "33 prompt tokens came from a cache"),
+        ({"cache_n": None}, 120, "its prompt has 100 tokens, and had 120 before"),
+        ({"predicted_n": 20, "stop_type": "eos"}, None, "20 of 21 .*; it stopped by eos"),
+    ],
+)
+def test_of_a_server_that_hides_tokens_less_is_checked(
+    fields: Mapping[str, Any], known: int | None, message: str
+) -> None:
+    """A template's first words may be cached, and a number is not always as many tokens."""
+    asked = Request(prompt=(), generate=21)
+    if not message:
+        check(replace(GOOD, **fields), asked, WHAT, known)
+        return
+    with pytest.raises(CheckError, match=message):
+        check(replace(GOOD, **fields), asked, WHAT, known)
 
 
 def test_all_violations_are_named_together() -> None:
     """One answer with several faults has them all in one line."""
     with pytest.raises(CheckError) as caught:
-        check(replace(GOOD, cache_n=5, prompt_n=95, truncated=True), 100, 21, WHAT)
+        check(replace(GOOD, cache_n=5, prompt_n=95, truncated=True), ASKED, WHAT)
     assert str(caught.value).count(";") == 2
 
 
@@ -225,7 +294,7 @@ def test_a_fresh_server_is_settled_and_looked_at(tmp_path: Path) -> None:
         assert (found["model_mib"], found["kv_mib"], found["compute_mib"]) == ([12.5], [4], [8.25])
         assert (found["offloaded_layers"], found["n_ctx"]) == ([5.0], [1024.0])
         assert 1 < found["rss_mib"][0] < 1000
-        assert "vram_mib" not in found
+        assert found["vram_mib"] == [10.5 + 4 + 8.25]
         assert (launch.build, launch.config, launch.requests) == ("b9000", "one", 1)
         assert launch.log == str(server.log)
 
@@ -353,6 +422,135 @@ def test_slots_that_share_a_context_need_room_for_all(tmp_path: Path) -> None:
         assert len(session.script(crowd).requests) == 3
 
 
+def test_a_depth_lies_in_the_cache_before_the_clock_starts(tmp_path: Path) -> None:
+    """Each sample primes its slots; only what follows is evaluated and counted."""
+    deep = Workload("deep", (Turn(8, 4, depth=60),), parallel=2)
+    with fake_server(tmp_path) as server:
+        server.props = {**server.props, "total_slots": 2}
+        session = Session(server, list(range(600)))
+        session.warm_up(deep)
+        session.sample(deep)
+        taken = session.launch.samples["deep"]
+        assert taken["prefill_tps"] == pytest.approx([1e3 * 8 / 6.8])
+        assert session.launch.requests == 4
+    asked = Journal(tmp_path / "journal").entries("completion")
+    first, again = asked[:4], asked[4:]
+    assert [(e["prompt"], e["cached"], e["generate"]) for e in first[:2]] == [(60, 0, 1)] * 2
+    assert [(e["prompt"], e["cached"], e["generate"]) for e in first[2:]] == [(68, 60, 4)] * 2
+    # The second time the primer finds its own tokens; one has to be evaluated all the same.
+    assert [e["cached"] for e in again] == [59, 59, 60, 60]
+
+
+def test_a_depth_counts_as_context(tmp_path: Path) -> None:
+    """It has to fit as well."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)))
+        with pytest.raises(CheckError, match="deep needs 1025 tokens of context, config one has"):
+            session.sample(Workload("deep", (Turn(5, 20, depth=1000),)))
+
+
+def test_a_sample_has_a_limit(tmp_path: Path) -> None:
+    """All its requests together, with what lies before the clock starts; no sample is counted."""
+    with fake_server(tmp_path, "slow#60") as server:
+        session = Session(server, list(range(600)))
+        slow = Workload("slow", (Turn(60, 40),), limit=0.5)
+        with pytest.raises(
+            TooSlowError,
+            match=r"^one on b9000: sample 1 of slow, request 1 of 1 \(prompt 60, generate 40 "
+            r"tokens\): too slow: given up after the 0\.5 s",
+        ):
+            session.sample(slow)
+        assert session.launch.samples["slow"] == {}
+        session.sample(replace(SHORT, limit=60.0))
+
+
+CHAT = Workload("chat", (Turn(20, 4), Turn(10, 4)), api="chat")
+
+
+def test_a_chat_is_measured_as_a_completion_is(tmp_path: Path) -> None:
+    """Its prompt is the text and what the template adds, evaluated in full."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(97, 120)) * 9)
+        session.warm_up(CHAT)
+        session.sample(CHAT)
+        first, second = session.script(CHAT).requests
+        assert [message["role"] for message in second.messages] == ["user", "assistant", "user"]
+        assert second.messages[0] == first.messages[0]
+        assert len(first.prompt) > 20
+        assert len(second.prompt) > len(first.prompt) + 14
+        taken = session.launch.samples["chat"]
+        assert {len(values) for values in taken.values()} == {1}
+        assert taken["decode_tps"] == pytest.approx([750.0])
+    asked = Journal(tmp_path / "journal").entries("completion")
+    assert [entry["prompt"] for entry in asked] == [len(first.prompt), len(second.prompt)] * 2
+
+
+def test_the_template_is_part_of_what_was_asked(tmp_path: Path) -> None:
+    """A build that renders otherwise, and a chat that thinks, have digests of their own."""
+    digests = set()
+    for number, fault in enumerate(("", "own-template", "sees")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with fake_server(folder, fault) as server:
+            session = Session(server, list(range(97, 120)) * 9)
+            digests.add(session.script(CHAT).digest)
+            if fault != "sees":
+                continue
+            assert len(digests) == 2
+            for changed in (
+                replace(CHAT, name="mute", thinking=False),
+                replace(CHAT, name="seen", image=8),
+                replace(CHAT, name="larger", image=9),
+                replace(CHAT, name="longer", turns=(Turn(20, 4), Turn(10, 5))),
+            ):
+                digests.add(session.script(changed).digest)
+    assert len(digests) == 6
+
+
+def test_a_template_that_cannot_think_is_refused(tmp_path: Path) -> None:
+    """Else the two would be measured as if they differed."""
+    with fake_server(tmp_path, "deaf-template") as server:
+        session = Session(server, list(range(97, 120)) * 9)
+        with pytest.raises(CheckError, match="config one makes the same prompt of true and false"):
+            session.sample(replace(CHAT, thinking=True))
+
+
+def test_a_picture_needs_a_projector(tmp_path: Path) -> None:
+    """The error names the key, before anything is sent."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(97, 120)) * 9)
+        with pytest.raises(
+            CheckError, match=r"\[models\.tiny\] projector = NAME in the suite file"
+        ):
+            session.sample(replace(CHAT, image=8))
+        assert session.launch.requests == 0
+
+
+def test_a_picture_is_sent_in_the_first_message(tmp_path: Path) -> None:
+    """Its tokens come on top of the text's; its marker is none of them."""
+    seen = replace(CHAT, image=8, parallel=2)
+    with fake_server(tmp_path, "sees") as server:
+        server.props = {**server.props, "total_slots": 2}
+        session = Session(server, list(range(97, 120)) * 9)
+        session.warm_up(seen)
+        session.sample(seen)
+        requests = session.script(seen).requests
+        one, other = (request.messages[0]["content"] for request in requests[:2])
+        assert one[0]["image_url"]["url"].startswith("data:image/png;base64,")  # type: ignore[index]
+        assert one != other
+        assert session.launch.requests == 8
+    asked = Journal(tmp_path / "journal").entries("completion")
+    assert [entry["prompt"] for entry in asked[:2]] == [len(requests[0].prompt) + 16] * 2
+
+
+def test_a_chat_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """With what the template adds."""
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(97, 120)) * 90)
+        with pytest.raises(CheckError, match=r"long needs 10[0-9]+ tokens of context, config one"):
+            session.sample(Workload("long", (Turn(1000, 24),), api="chat"))
+
+
 def test_a_small_context_gets_a_small_probe(tmp_path: Path) -> None:
     """The first request fits into whatever context the server has."""
     with fake_server(tmp_path) as server:
@@ -393,6 +591,21 @@ def test_gpu_memory_is_summed_over_the_process_tree(
         assert session.launch.samples[LAUNCH]["vram_mib"] == [120.0]
         assert asked[0][0] == server.pid
         assert len(asked[0]) == 2
+
+
+def test_gpu_memory_is_read_from_the_log_where_nvml_tells_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffers on any device that is no CPU; that they are from the log is kept with them."""
+    told = read_log("I load_tensors: Vulkan0 model buffer size = 6.50 MiB")
+    monkeypatch.setattr(module, "vram_mib", lambda _pids: {})
+    monkeypatch.setattr(module, "read_log", lambda _text: told)
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)))
+        session.settle()
+    assert session.launch.samples[LAUNCH]["vram_mib"] == [6.5]
+    assert session.launch.vram_by_log
+    assert not session.launch.vram
 
 
 def test_a_process_tree_is_a_process_and_its_descendants() -> None:

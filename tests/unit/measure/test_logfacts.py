@@ -134,6 +134,8 @@ def test_a_log_without_sizes_tells_nothing(log: str) -> None:
         ("0.00.039.076 I sched_reserve: graph: nodes = 257, splits = 3, input objects = 4", 3),
         ("llama_context: graph splits = 66 (with bs=512), 3 (with bs=1)", 66),
         ("llama_context: graph splits = 2 (with bs=512), 42 (with bs=1)", 42),
+        ("I sched_reserve: graph (pp bs=512, tg bs=1): nodes = 9 / 9, splits = 5 / 4, in = 4", 5),
+        ("I sched_reserve: graph (pp bs=512, tg bs=1): nodes = 9 / 9, splits = 2 / 98, in = 4", 98),
         ("slot print_timing: id  0 | task 0 |    graphs reused =         15", None),
     ],
 )
@@ -152,3 +154,26 @@ def test_the_sum_is_that_of_the_lines(sizes: list[int]) -> None:
     facts = read_log(loading("/m/a.gguf", *lines))
     assert facts.model_mib == pytest.approx(sum(sizes) / 100)
     assert len(facts.devices) == len(sizes)
+
+
+def test_what_lies_on_a_gpu_is_told_apart() -> None:
+    """The memory of the CPU is not counted, whichever device reads from it."""
+    vulkan = (
+        "I load_tensors:   CPU_Mapped model buffer size =     2.83 MiB",
+        "I load_tensors:      Vulkan0 model buffer size =     3.14 MiB",
+        "I llama_context: Vulkan_Host  output buffer size =     0.01 MiB",
+        "I llama_kv_cache:    Vulkan0 KV buffer size =     2.00 MiB",
+        "I sched_reserve: Vulkan_Host compute buffer size =     5.02 MiB",
+    )
+    apple = (
+        "load_tensors:   CPU_Mapped model buffer size =   315.30 MiB",
+        "load_tensors:  MTL0_Mapped model buffer size = 19000.00 MiB",
+        "llama_kv_cache:       MTL0 KV buffer size =   320.00 MiB",
+        "load_tensors:   CPU_REPACK model buffer size =     7.00 MiB",
+    )
+    assert read_log(loading("/m/one.gguf", *vulkan)).gpu_mib == pytest.approx({"Vulkan0": 5.14})
+    assert read_log(loading("/m/one.gguf", *apple)).gpu_mib == {
+        "MTL0_Mapped": 19000.0,
+        "MTL0": 320.0,
+    }
+    assert read_log(loading("/m/big.gguf", *GPU)).gpu_mib.keys() == {"CUDA0", "CUDA1"}

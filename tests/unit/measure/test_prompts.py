@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_llmperf.errors import CheckError
-from pytest_llmperf.measure.prompts import write_script
+from pytest_llmperf.measure.prompts import Request, write_chats, write_script
 from pytest_llmperf.plan.config import Turn, Workload
 
 TURNS = st.lists(st.builds(Turn, st.integers(1, 60), st.integers(2, 60)), min_size=1, max_size=4)
@@ -124,3 +124,43 @@ def test_without_tokens_there_is_nothing_to_send() -> None:
     """A tokenizer that makes nothing of the text is an error, not an empty prompt."""
     with pytest.raises(CheckError, match="no tokens of the shipped text"):
         write_script(talk((3, 4)), [])
+
+
+@given(st.integers(1, 60), st.integers(1, 60), TOKENS, st.integers(1, 4))
+def test_a_depth_comes_before_the_prompt(
+    depth: int, prompt: int, tokens: list[int], parallel: int
+) -> None:
+    """The same ids as of a prompt of both lengths; the request says where the prompt begins."""
+    parallel = min(parallel, len(tokens))
+    deep = write_script(Workload("w", (Turn(prompt, 4, depth),), parallel=parallel), tokens)
+    flat = write_script(Workload("w", (Turn(depth + prompt, 4),), parallel=parallel), tokens)
+    assert [r.prompt for r in deep.requests] == [r.prompt for r in flat.requests]
+    assert {r.depth for r in deep.requests} == {depth}
+    assert deep.tokens == flat.tokens == depth + prompt + 4
+    assert deep.workload.digest() != flat.workload.digest()
+
+
+def test_a_chat_is_cut_as_a_prompt_is() -> None:
+    """Questions and answers follow each other in the text, each conversation in its own place."""
+    workload = Workload("w", (Turn(3, 2), Turn(4, 5), Turn(1, 2)), parallel=2)
+    written = write_chats(workload, lambda number, at, count: f"{number}:{at}+{count}")
+    assert [generate for _, generate in written] == [2, 2, 5, 5, 2, 2]
+    one, other = ([(m["role"], m["content"]) for m in messages] for messages, _ in written[-2:])
+    assert one == [
+        ("user", "0:0+3"),
+        ("assistant", "0:3+2"),
+        ("user", "0:5+4"),
+        ("assistant", "0:9+5"),
+        ("user", "0:14+1"),
+    ]
+    assert [content for _, content in other] == [
+        str(text).replace("0:", "1:", 1) for _, text in one
+    ]
+    assert [len(messages) for messages, _ in written] == [1, 1, 3, 3, 5, 5]
+
+
+def test_a_prompt_is_counted_where_all_its_tokens_are_known() -> None:
+    """Not with a picture, and not where the server shows none."""
+    assert Request((1, 2), 4).counted
+    assert not Request((1, 2), 4, pictured=True).counted
+    assert not Request((), 4).counted

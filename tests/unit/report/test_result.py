@@ -50,6 +50,7 @@ RESULTS = st.builds(
     verdicts=st.lists(VERDICTS, max_size=3).map(tuple),
     fingerprint=st.dictionaries(st.text(), st.text() | st.integers() | FINITE | st.booleans()),
     measured=st.dictionaries(st.text(), st.lists(st.lists(FINITE, max_size=3), max_size=3)),
+    partial=st.dictionaries(st.text(), st.integers() | st.dictionaries(st.text(), FINITE)),
 )
 
 

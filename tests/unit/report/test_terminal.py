@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -60,3 +60,21 @@ def test_what_was_recorded_is_counted_in_its_unit(result: Result, metric: str, t
         error=None,
     )
     assert f"b.json: c7/short {told}" in reporter.lines
+
+
+def test_a_recorded_failure_and_a_crash_are_told(result: Result) -> None:
+    """What cannot be measured has no metric and no figures; what worked of it is named."""
+    reporter = Reporter()
+    change = Change("c2/short", "", None, None, 0, 0, replaced=False, failed="runs out of memory")
+    partial = {"build": "b9", "how": "crashed", "answered": 1, "asked": 7, "samples": {}}
+    summarize(
+        cast("pytest.TerminalReporter", reporter),
+        [replace(result, partial=partial)],
+        written=[Written(Path("b.json"), (change,))],
+        stale={},
+        strict=False,
+        report=None,
+        error=None,
+    )
+    assert "b.json: c2/short runs out of memory: recorded" in reporter.lines
+    assert any(line.startswith("c7/short: b9 crashed after 1 of 7") for line in reporter.lines)

@@ -18,9 +18,12 @@ from pytest_llmperf.report.wording import (
     columns,
     failure,
     figure,
+    folded,
     interval,
+    partial_told,
     percent,
     row,
+    rows,
     run_bound,
     since_oldest,
 )
@@ -251,3 +254,56 @@ def test_a_drift_since_the_oldest_baseline_is_told(result: Result, verdict: Verd
         "with -12.0 %)"
     )
     assert "-1.0 %" in steady
+
+
+PARTIAL = {
+    "build": "b9",
+    "how": "crashed",
+    "answered": 3,
+    "asked": 7,
+    "samples": {"decode_tps": [44.6, 44.7, 44.5], "ttft_ms": []},
+}
+
+
+def of(verdict: Verdict, metric: str, outcome: Outcome, reason: str) -> Verdict:
+    """A verdict of a metric without values."""
+    return replace(
+        verdict, metric=metric, outcome=outcome, reason=reason, base=None, new=None, change=None
+    )
+
+
+def test_one_cause_has_one_line(result: Result, verdict: Verdict) -> None:
+    """Metrics that fail alike are told together, others each by itself."""
+    names = ("ttft_ms", "itl_ms", "e2e_ms", "prefill_tps")
+    dead = [of(verdict, name, Outcome.ERROR, "it died\n    | its log") for name in names]
+    late = of(verdict, "load_ms", Outcome.ERROR, "too late")
+    told = replace(result, verdicts=(verdict, *dead[:3], late))
+    assert [found for _, found in folded(told.verdicts)] == [
+        ["decode_tps"],
+        ["ttft_ms", "itl_ms", "e2e_ms"],
+        ["load_ms"],
+    ]
+    assert [cells[1] for cells, _ in rows(told)] == [
+        "decode_tps",
+        "ttft_ms, itl_ms, e2e_ms",
+        "load_ms",
+    ]
+    text = failure(told, strict=False)
+    assert text.startswith(
+        "c7/short: decode_tps REGRESSION, ttft_ms, itl_ms, e2e_ms ERROR, load_ms ERROR\n"
+    )
+    assert text.count("| its log") == 1
+    many = replace(result, verdicts=tuple(dead))
+    assert [cells[1] for cells, _ in rows(many)] == ["ttft_ms, 3 more"]
+
+
+def test_what_worked_before_a_crash_is_told(result: Result, verdict: Verdict) -> None:
+    """How many requests of how many, and the middle of the samples, in the failure's text."""
+    assert partial_told(result) == ""
+    crashed = replace(result, partial=PARTIAL)
+    told = "b9 crashed after 3 of 7 requests; those that worked, not judged: decode_tps 44.6 tok/s"
+    assert partial_told(crashed) == told
+    dead = replace(crashed, verdicts=(of(verdict, "decode_tps", Outcome.ERROR, "it died"),))
+    assert told in failure(dead, strict=False)
+    nothing = replace(result, partial={**PARTIAL, "answered": 1, "samples": {}})
+    assert partial_told(nothing) == "b9 crashed after 1 of 7 requests, before a sample was complete"

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fakes import PATIENCE, Journal, fake_server
 
-from pytest_llmperf.errors import CheckError, ServerError
-from pytest_llmperf.serve.client import Client, Reply, _read_stream, _refused
+from pytest_llmperf.errors import CheckError, ServerError, TooSlowError
+from pytest_llmperf.serve.ask import completion
+from pytest_llmperf.serve.client import Client, Limit
+from pytest_llmperf.serve.stream import Heard, Reply, read_completion, refused
 
 TIMINGS = {
     "cache_n": 0,
@@ -39,7 +41,8 @@ def token(text: str) -> bytes:
 def read(*chunks: bytes, times: Sequence[float] | None = None, ended: float = 9.0) -> Reply:
     """Read chunks that arrived one second after another, the first after one second."""
     arrivals = range(1, len(chunks) + 1) if times is None else times
-    return _read_stream(list(zip(arrivals, chunks, strict=True)), 0.0, ended, "the request")
+    heard = Heard(list(zip(arrivals, chunks, strict=True)), 0.0, ended)
+    return read_completion(heard, "the request")
 
 
 def test_a_stream_gives_timings_and_text() -> None:
@@ -148,7 +151,7 @@ def test_an_error_in_mid_answer_is_the_servers(event: bytes) -> None:
         (line({**CLOSING, "timings": {**TIMINGS, "prompt_n": 1e999}}), "lacks or garbles"),
     ],
 )
-def test_what_is_no_answer_of_llama_server_is_refused(chunk: bytes, message: str) -> None:
+def test_what_is_no_answer_of_llama_server_isrefused(chunk: bytes, message: str) -> None:
     """A stream cut short, of another form or without timings is a CheckError."""
     with pytest.raises(CheckError, match=f"^the request: .*{message}"):
         read(chunk)
@@ -168,7 +171,7 @@ def test_no_bytes_get_past_the_error_tree(noise: bytes, field: bytes) -> None:
     ("text", "message"),
     [
         ('{"error": {"message": "too long"}}', "GET /x: HTTP 400: too long"),
-        ('{"error": "too long"}', "GET /x: HTTP 400: {"),
+        ('{"error": "too long"}', "GET /x: HTTP 400: too long"),
         ("  <html>bad gateway</html>\n", "GET /x: HTTP 400: <html>bad gateway</html>"),
         ("", "GET /x: HTTP 400: "),
         ("y" * 1000, "GET /x: HTTP 400: " + "y" * 300),
@@ -176,7 +179,7 @@ def test_no_bytes_get_past_the_error_tree(noise: bytes, field: bytes) -> None:
 )
 def test_a_refusal_tells_status_and_message(text: str, message: str) -> None:
     """The server's message if it gives one, else the beginning of what it said."""
-    error = _refused(400, text, "GET /x")
+    error = refused(400, text, "GET /x")
     assert error.kind == "http"
     assert str(error).startswith(message)
     assert len(str(error)) < 400
@@ -197,9 +200,9 @@ def test_requests_are_answered(tmp_path: Path) -> None:
 
 def test_requests_at_once_are_answered_in_their_order(tmp_path: Path) -> None:
     """Each has a slot of its own; the time is that of all together."""
-    requests = [([1] * n, n, f"request {n}") for n in (5, 6, 7)]
+    asks = [completion([1] * n, n, f"request {n}", slot=n - 5) for n in (5, 6, 7)]
     with fake_server(tmp_path) as server:
-        replies, wall_ms = server.client.complete_together(requests)
+        replies, wall_ms = server.client.ask(asks)
     assert [(reply.prompt_n, reply.predicted_n) for reply in replies] == [(5, 5), (6, 6), (7, 7)]
     assert wall_ms >= max(reply.e2e_ms for reply in replies)
     asked = Journal(tmp_path / "journal").entries("completion")
@@ -209,7 +212,7 @@ def test_requests_at_once_are_answered_in_their_order(tmp_path: Path) -> None:
 def test_a_request_alone_takes_as_long_as_itself(tmp_path: Path) -> None:
     """One at once is one by itself, in slot 0."""
     with fake_server(tmp_path) as server:
-        replies, wall_ms = server.client.complete_together([([1, 2], 3, "the request")])
+        replies, wall_ms = server.client.ask([completion([1, 2], 3, "the request")])
         server.client.complete([1, 2], 3, "another", slot=4)
     assert wall_ms == pytest.approx(replies[0].e2e_ms)
     asked = Journal(tmp_path / "journal").entries("completion")
@@ -226,10 +229,10 @@ def test_a_request_alone_takes_as_long_as_itself(tmp_path: Path) -> None:
 )
 def test_one_of_several_that_fails_fails_them_all(tmp_path: Path, fault: str, message: str) -> None:
     """The error names the request; nothing is left running."""
-    requests = [([1] * n, 4, f"request {n}") for n in (5, 6, 7)]
+    asks = [completion([1] * n, 4, f"request {n}", slot=n - 5) for n in (5, 6, 7)]
     with fake_server(tmp_path, fault) as server:
         with pytest.raises((CheckError, ServerError), match=message):
-            server.client.complete_together(requests)
+            server.client.ask(asks)
         assert not [one for one in threading.enumerate() if one.name.startswith("slot ")]
 
 
@@ -240,7 +243,7 @@ def test_one_of_several_that_fails_fails_them_all(tmp_path: Path, fault: str, me
         ("no-timings", "the request: the answer holds no `timings`"),
     ],
 )
-def test_answers_cut_short_are_refused(tmp_path: Path, fault: str, message: str) -> None:
+def test_answers_cut_short_arerefused(tmp_path: Path, fault: str, message: str) -> None:
     """An answer that is whole for HTTP, but not for llama-server, is a CheckError."""
     with fake_server(tmp_path, fault) as server, pytest.raises(CheckError, match=message):
         server.client.complete([1], 4, "the request")
@@ -329,3 +332,99 @@ def test_answers_are_asked_for_uncompressed() -> None:
     client.close()
     assert request.headers["accept-encoding"] == "identity"
     assert request.headers["authorization"] == "Bearer secret"
+
+
+def test_a_chat_is_answered(tmp_path: Path) -> None:
+    """Thoughts and words are its text; its prompt is what the template makes of it."""
+    talk = [{"role": "user", "content": "What is that?"}]
+    with fake_server(tmp_path) as server:
+        client = server.client
+        reply = client.chat(talk, 5, "the chat", slot=2)
+        assert (reply.text, reply.predicted_n, reply.stop_type) == ("taaaa", 5, "limit")
+        assert reply.prompt_n == len(client.tokenize(client.render(talk), special=True))
+        assert 0 < reply.ttft_ms <= reply.last_ms <= reply.e2e_ms
+        mute = client.chat(talk, 5, "the chat", thinking=False)
+        assert mute.prompt_n > reply.prompt_n
+        assert client.render(talk, thinking=False).endswith("<assistant><think></think>")
+    slots = [entry["slot"] for entry in Journal(tmp_path / "journal").entries("completion")]
+    assert slots == [2, 0]
+
+
+def test_tokens_become_text_and_text_tokens(tmp_path: Path) -> None:
+    """There and back."""
+    with fake_server(tmp_path) as server:
+        assert server.client.tokenize(server.client.detokenize([97, 98])) == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("odd-tokens", "/detokenize answered no text"), ("odd-template", "answered no prompt")],
+)
+def test_odd_answers_of_text_routes_are_errors(tmp_path: Path, fault: str, message: str) -> None:
+    """They name the route."""
+    with fake_server(tmp_path, fault) as server:
+        ask = server.client.render if fault == "odd-template" else server.client.detokenize
+        with pytest.raises(ServerError, match=f"{message}$"):
+            ask([])
+
+
+def test_a_primed_slot_holds_what_it_was_given(tmp_path: Path) -> None:
+    """A prompt that goes on from there is evaluated from there; another slot knows nothing."""
+    with fake_server(tmp_path) as server:
+        client = server.client
+        client.prime(list(range(40)), "the primer", slot=1)
+        prompt = list(range(50))
+        deep, cold = (
+            client.ask([completion(prompt, 4, "the request", slot=slot, depth=40)])[0][0]
+            for slot in (1, 0)
+        )
+        assert (deep.cache_n, deep.prompt_n) == (40, 10)
+        assert (cold.cache_n, cold.prompt_n) == (0, 50)
+        # A cold request asks for no cache, whatever lies there.
+        assert client.complete(prompt, 4, "the request", slot=1).cache_n == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("slow", "with about [1-9] tokens generated"),
+        ("mute", "before the first token"),
+        ("hang", "with about 1 tokens generated"),
+        ("crawl", "with 3 of 7 prompt tokens evaluated"),
+    ],
+)
+def test_what_takes_too_long_is_given_up(tmp_path: Path, fault: str, told: str) -> None:
+    """The error names request, limit and how far it was; the server is not taken for dead."""
+    with fake_server(tmp_path, fault) as server:
+        ask = completion([1] * 7, 40, "the request")
+        with pytest.raises(
+            TooSlowError, match=rf"^the request: too slow: given up after the 0.5 s .* {told};"
+        ) as caught:
+            server.client.ask([ask], Limit.of(0.5))
+        assert caught.value.kind == "timeout"
+        assert server.alive()
+
+
+def test_a_limit_that_has_passed_leaves_nothing_to_wait_for(tmp_path: Path) -> None:
+    """Not even for a server that is quick."""
+    with fake_server(tmp_path, "slow") as server:
+        passed = Limit(0.1, at=0.0)
+        with pytest.raises(TooSlowError, match=r"after the 0\.1 s"):
+            server.client.prime([1, 2, 3], "the primer", limit=passed)
+
+
+def test_a_hang_within_the_limit_is_a_hang(tmp_path: Path) -> None:
+    """The shorter of the two says what it is."""
+    with fake_server(tmp_path, "mute", hang=0.5) as server:
+        with pytest.raises(ServerError, match=r"the server hung: nothing came for 0\.5 s"):
+            server.client.ask([completion([1], 4, "the request")], Limit.of(60))
+        assert Limit.of(0) == Limit()
+
+
+def test_several_that_take_too_long_are_given_up_together(tmp_path: Path) -> None:
+    """Nothing is left running."""
+    asks = [completion([1] * n, 40, f"request {n}", slot=n) for n in range(3)]
+    with fake_server(tmp_path, "slow") as server:
+        with pytest.raises(TooSlowError, match=r"^request [012]: too slow"):
+            server.client.ask(asks, Limit.of(0.5))
+        assert not [one for one in threading.enumerate() if one.name.startswith("slot ")]

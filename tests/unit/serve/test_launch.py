@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 from support.fakes import CONFIG, PATIENCE, Journal, fake_build, fake_server, goes
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import BuildError, ServerError
+from pytest_llmperf.errors import BuildError, OutOfMemoryError, ServerError
+from pytest_llmperf.plan.config import ModelFiles
 from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve import launch as module
+from pytest_llmperf.serve import process
+from pytest_llmperf.serve.failure import Before, Kills
 from pytest_llmperf.serve.launch import (
     ServePlan,
     Server,
@@ -25,6 +31,7 @@ from pytest_llmperf.serve.launch import (
 
 MODEL = Path("models/model.gguf")
 KEY_FILE = Path("run/one.key")
+NO_KILLS = Kills(0, 0, 0, 0)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def journal(tmp_path: Path) -> Journal:
 def launch(tmp_path: Path, faults: str = "", *, timeout: float = PATIENCE) -> Server:
     """Start a fake server that is expected to fail."""
     build = fake_build(Journal(tmp_path / "journal"), faults=faults)
-    return start(build, CONFIG, MODEL, ServePlan(tmp_path / "run", timeout=timeout))
+    return start(build, CONFIG, ModelFiles(MODEL), ServePlan(tmp_path / "run", timeout=timeout))
 
 
 def options_of(command: tuple[str, ...], build: Build) -> dict[str, str]:
@@ -48,7 +55,7 @@ def options_of(command: tuple[str, ...], build: Build) -> dict[str, str]:
 def test_a_command_has_defaults_and_owned_options(journal: Journal) -> None:
     """One slot, no prompt cache, no network; loopback, a free port, a key file, a full log."""
     build = fake_build(journal)
-    command = compose(build, CONFIG, MODEL, KEY_FILE)
+    command = compose(build, CONFIG, ModelFiles(MODEL), KEY_FILE)
     assert command[: len(build.command)] == build.command
     assert options_of(command, build) == {
         "--model": str(MODEL),
@@ -76,7 +83,7 @@ def test_config_wins_over_defaults_and_build_over_config(journal: Journal) -> No
         "verbosity": 1,
         "mmap": False,
     }
-    found = options_of(compose(build, config, MODEL, KEY_FILE, port=4242), build)
+    found = options_of(compose(build, config, ModelFiles(MODEL), KEY_FILE, port=4242), build)
     assert (found["--parallel"], found["--threads"], found["--verbosity"]) == ("4", "3", "1")
     assert found["--port"] == "4242"
     assert "--no-mmap" in found
@@ -85,7 +92,7 @@ def test_config_wins_over_defaults_and_build_over_config(journal: Journal) -> No
 def test_defaults_that_a_build_lacks_are_left_out(journal: Journal) -> None:
     """A build without --offline and --cache-ram starts without; its log needs no level 4."""
     build = fake_build(journal, faults="older")
-    found = options_of(compose(build, CONFIG, MODEL, KEY_FILE), build)
+    found = options_of(compose(build, CONFIG, ModelFiles(MODEL), KEY_FILE), build)
     assert not {"--offline", "--cache-ram", "--verbosity"} & set(found)
     assert found["--parallel"] == "1"
 
@@ -102,7 +109,7 @@ def test_options_that_were_asked_for_are_never_left_out(
     config = replace(CONFIG, options=of_config)
     name = next(iter(of_config or of_build))
     with pytest.raises(BuildError, match=f"config one: build b9000 has no option --{name}"):
-        compose(build, config, MODEL, KEY_FILE)
+        compose(build, config, ModelFiles(MODEL), KEY_FILE)
 
 
 def test_the_environment_is_scrubbed(
@@ -176,10 +183,25 @@ def test_every_server_has_a_key_and_a_log_of_its_own(tmp_path: Path) -> None:
 def test_a_label_may_hold_what_a_file_name_may_not(tmp_path: Path, journal: Journal) -> None:
     """A build called `fork/x y` has its files in the run folder all the same."""
     build = replace(fake_build(journal), label="fork/x y")
-    with start(build, CONFIG, MODEL, ServePlan(tmp_path / "run")) as server:
+    with start(build, CONFIG, ModelFiles(MODEL), ServePlan(tmp_path / "run")) as server:
         assert server.log is not None
         assert server.log.parent == tmp_path / "run"
         assert server.log.name.endswith("-fork_x_y-one.log")
+
+
+def test_a_log_that_lies_there_is_not_taken_for_ours(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process with the same run folder has numbered its logs from 1 as well."""
+    monkeypatch.setattr(module, "_numbers", count(1))
+    build, folder = fake_build(journal), tmp_path / "run"
+    folder.mkdir()
+    older = folder / f"001-{build.label}-{CONFIG.name}.log"
+    older.write_text("listening on http://127.0.0.1:9 - starting\n", "utf-8")
+    with start(build, CONFIG, ModelFiles(MODEL), ServePlan(folder, timeout=PATIENCE)) as server:
+        assert server.log is not None
+        assert server.log.name.startswith("002-")
+    assert older.read_text("utf-8").endswith(":9 - starting\n")
 
 
 def test_a_port_that_comes_in_two_writes_is_read_whole(tmp_path: Path) -> None:
@@ -231,7 +253,7 @@ def test_a_server_that_is_never_ready_is_given_up(
     journal = Journal(tmp_path / "journal")
     plan = ServePlan(tmp_path / "run", timeout=2.2, progress=said.append)
     with pytest.raises(ServerError, match=message) as caught:
-        start(fake_build(journal, faults=fault), CONFIG, MODEL, plan)
+        start(fake_build(journal, faults=fault), CONFIG, ModelFiles(MODEL), plan)
     assert caught.value.kind == "timeout"
     assert logged in str(caught.value)
     assert [text.startswith(announced) for text in said] == [True]
@@ -269,10 +291,10 @@ def test_a_program_that_cannot_start_leaves_no_key(tmp_path: Path, journal: Jour
     program.write_text("#!/bin/sh\n" + " ".join(fake_build(journal).command) + ' "$@"\n', "utf-8")
     program.chmod(0o755)
     build = replace(fake_build(journal), command=(str(program),))
-    compose(build, CONFIG, MODEL, KEY_FILE)
+    compose(build, CONFIG, ModelFiles(MODEL), KEY_FILE)
     program.unlink()
     with pytest.raises(ServerError, match="llama-server: No such file"):
-        start(build, CONFIG, MODEL, ServePlan(tmp_path / "run"))
+        start(build, CONFIG, ModelFiles(MODEL), ServePlan(tmp_path / "run"))
     assert list((tmp_path / "run").glob("*.key")) == []
 
 
@@ -288,7 +310,7 @@ def test_an_endpoint_is_connected_to_and_left_alone(
     with fake_server(tmp_path) as running:
         (key_file,) = (tmp_path / "run").glob("*.key")
         monkeypatch.setenv("LLMPERF_API_KEY", key_file.read_text("utf-8").strip())
-        with start(endpoint(running.url), CONFIG, MODEL, ServePlan(tmp_path)) as server:
+        with start(endpoint(running.url), CONFIG, ModelFiles(MODEL), ServePlan(tmp_path)) as server:
             assert (server.pid, server.log, server.load_ms) == (None, None, None)
             assert server.shown_command == f"(a running server: {running.url})"
             assert server.log_text() == ""
@@ -311,7 +333,7 @@ def test_an_endpoint_that_is_no_llama_server_is_refused(
         fake_server(tmp_path, faults) as running,
         pytest.raises(ServerError, match=message),
     ):
-        start(endpoint(running.url), CONFIG, MODEL, ServePlan(tmp_path))
+        start(endpoint(running.url), CONFIG, ModelFiles(MODEL), ServePlan(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -337,3 +359,43 @@ def test_stopping_twice_is_stopping_once(tmp_path: Path) -> None:
     with fake_server(tmp_path) as server:
         server.stop()
         assert not server.alive()
+
+
+def test_a_server_that_has_no_memory_says_what_for(tmp_path: Path) -> None:
+    """An error of its own: the buffer, its size, and what to change; then the log as ever."""
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory: CUDA0 model buffer of") as caught:
+        launch(tmp_path, "start-oom")
+    text = str(caught.value)
+    assert (caught.value.what, caught.value.kind) == ("CUDA0 model buffer of 8984 MiB", "start")
+    for told in ("raise n-cpu-moe", "b9000 for config one ended", "exit code 1", "--ctx-size 1024"):
+        assert told in text
+    assert "    | alloc_tensor_range: failed to allocate CUDA0 buffer of size 9420406784" in text
+
+
+def test_memory_that_runs_out_in_a_request_is_told_as_such(tmp_path: Path) -> None:
+    """Not as a crash of unknown cause."""
+    with fake_server(tmp_path, "oom@2") as server:
+        server.client.complete([1, 2], 2, "the first")
+        with pytest.raises(OutOfMemoryError, match="CUDA0 buffer could not be") as caught:
+            server.client.complete([1, 2], 2, "the second")
+    assert caught.value.kind == "crashed"
+    assert "the server died: killed by SIGABRT" in str(caught.value)
+
+
+@pytest.mark.parametrize(("later", "memory"), [(Kills(1, 1, 0, 0), True), (NO_KILLS, False)])
+def test_a_kill_is_told_apart_by_the_kernels_counters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: Kills, *, memory: bool
+) -> None:
+    """The OOM killer's is a lack of memory, somebody's is not."""
+    monkeypatch.setattr(process, "before", lambda: Before(NO_KILLS, 1000.0))
+    monkeypatch.setattr(process, "kills", lambda: later)
+    with fake_server(tmp_path) as server:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match=r"killed by SIGKILL \(exit 137: ") as caught:
+            server.client.complete([1, 2], 2, "the first")
+    text = str(caught.value)
+    assert isinstance(caught.value, OutOfMemoryError) == memory
+    assert ("the kernel's OOM killer: the machine was out of memory" in text) == memory
+    assert ("1000 MiB were free on the host before it started" in text) == memory
+    assert ("somebody's kill" in text) != memory

@@ -77,6 +77,7 @@ def supervisor_of(pid: int) -> psutil.Process:
         (-signal.SIGSEGV, "killed by SIGSEGV (exit 139)"),
         (-signal.SIGTERM, "killed by SIGTERM (exit 143)"),
         (-signal.SIGKILL, "killed by SIGKILL (exit 137: out of memory, or somebody's kill)"),
+        (137, "exit code 137 (SIGKILL, told by a shell: out of memory, or somebody's kill)"),
         (-99, "killed by signal 99 (exit 227)"),
     ],
 )

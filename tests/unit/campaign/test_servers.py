@@ -15,14 +15,15 @@ import pytest
 from filelock import FileLock
 from support.fakes import CONFIG, PATIENCE, Journal, fake_command, goes, running, write_program
 
-from pytest_llmperf import campaign as module
+from pytest_llmperf import preflight
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
-from pytest_llmperf.campaign import Campaign
-from pytest_llmperf.errors import BuildError, RunError, ServerError
+from pytest_llmperf.campaign import base, servers
+from pytest_llmperf.campaign.servers import ServerCampaign
+from pytest_llmperf.errors import BuildError, OutOfMemoryError, RunError, ServerError
 from pytest_llmperf.measure.host import Load
-from pytest_llmperf.plan.config import LAUNCH, Config, Turn, Workload
+from pytest_llmperf.plan.config import LAUNCH, Config, ModelFiles, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan, Server, start
 
 BASE, NEW = 9000, 9001
@@ -72,14 +73,14 @@ class Lab:
         progress: Callable[[str], None] | None = None,
         coin: random.Random | None = None,
         foreign_load: float = math.inf,
-    ) -> Campaign:
+    ) -> ServerCampaign:
         """Return a campaign; ``new`` and ``base`` are the faults of the two builds."""
-        return Campaign(
+        return ServerCampaign(
             config=config,
             workloads=workloads,
             new=self.build(NEW, new, token_ms=2.0),
             base=None if base is None else self.build(BASE, base),
-            model=self.folder / "model.gguf",
+            files=ModelFiles(self.folder / "model.gguf"),
             serve=ServePlan(
                 self.folder / "run",
                 timeout=PATIENCE,
@@ -103,8 +104,8 @@ class Lab:
 
 def have_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
     """Pretend that so many bytes of memory are free."""
-    memory = SimpleNamespace(available=available)
-    monkeypatch.setattr("pytest_llmperf.campaign.psutil.virtual_memory", lambda: memory)
+    memory = SimpleNamespace(available=available, total=2**50)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_a_server_that_cannot_start_again_ends_the_campaign(
         started.append(start(*arguments))
         return started[-1]
 
-    monkeypatch.setattr(module, "start", twice)
+    monkeypatch.setattr(servers, "start", twice)
     with pytest.raises(ServerError, match="no more"):
         campaign.block(0)
     assert campaign.failures.keys() == {"w40", LAUNCH}
@@ -399,9 +400,9 @@ def test_what_fits_together(
 ) -> None:
     """Both models need room in memory, and far more than that on every GPU; unknown is no."""
     have_memory(monkeypatch, host * 2**20)
-    monkeypatch.setattr(module, "free_mib", lambda: free)
+    monkeypatch.setattr(preflight, "free_mib", lambda: free)
     campaign = lab.campaign(config=replace(CONFIG, gpu=gpu))
-    with campaign.model.open("ab") as file:
+    with campaign.files.main.open("ab") as file:
         file.truncate(1000 * 2**20)
     assert campaign._fits_twice() is fits
 
@@ -437,8 +438,8 @@ def test_a_disturbed_launch_is_measured_again(
 ) -> None:
     """It is named, a quiet moment is waited for, and the quiet one is kept."""
     # Two looks: at the first measurement, and once while waiting for quiet.
-    monkeypatch.setattr(module, "Watch", Disturbing(2))
-    monkeypatch.setattr(module, "_QUIET_LOOK_S", 0.0)
+    monkeypatch.setattr(base, "Watch", Disturbing(2))
+    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
     campaign = lab.campaign((FIRST,), foreign_load=0.5)
     unit = campaign.launch(0) if alone else campaign.block(0)
     assert not unit.disturbed
@@ -450,9 +451,9 @@ def test_a_disturbance_that_lasts_stays_with_the_block(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a few tries the block is kept and says what disturbed it; no test tries again."""
-    monkeypatch.setattr(module, "Watch", Disturbing(10**6))
-    monkeypatch.setattr(module, "_QUIET_LOOK_S", 0.0)
-    monkeypatch.setattr(module, "_QUIET_WAIT_S", 0.01)
+    monkeypatch.setattr(base, "Watch", Disturbing(10**6))
+    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
+    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.01)
     campaign = lab.campaign((FIRST,), foreign_load=0.5)
     block = campaign.block(0)
     assert "make (pid 7)" in block.disturbed
@@ -463,7 +464,102 @@ def test_a_disturbance_that_lasts_stays_with_the_block(
 
 def test_a_wandering_launch_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of one server that wander are told with workload and metric."""
-    monkeypatch.setattr(module, "unsteady", lambda values: "they drift" if values else "")
-    monkeypatch.setattr(module, "_QUIET_WAIT_S", 0.0)
+    monkeypatch.setattr(base, "unsteady", lambda values: "they drift" if values else "")
+    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.0)
     launch = lab.campaign((FIRST,)).launch(0)
     assert launch.disturbed.endswith("decode_tps: they drift")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_was_answered_before_a_crash_is_kept_aside(lab: Lab, *, alone: bool) -> None:
+    """Never judged: the build, how many requests of how many, and their samples."""
+    campaign = lab.campaign((SECOND,), new="crash@4", base=None if alone else "", pairs=4)
+    launch = campaign.launch(0) if alone else campaign.block(0).new
+    # The first completion is the probe, the second the warm-up.
+    assert campaign.partial.keys() == {"w40"} == campaign.failures.keys()
+    partial = campaign.partial["w40"]
+    assert (partial.build, partial.how, partial.answered, partial.asked) == (
+        "b9001",
+        "crashed",
+        2,
+        5,
+    )
+    assert len(partial.samples["decode_tps"]) == 1
+    assert launch.samples.keys() == {LAUNCH}
+
+
+@pytest.mark.parametrize("fault", ["crash#48", "hang#48"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_server_is_started_for_nothing(lab: Lab, fault: str, *, alone: bool) -> None:
+    """Where the last workload kills it, nothing is left to ask of another."""
+    campaign = lab.campaign(new=fault, base=None if alone else "", hang=1.0)
+    launch = campaign.launch(0) if alone else campaign.block(0).new
+    assert campaign.failures.keys() == {"w48"}
+    assert launch.samples.keys() == {LAUNCH, "w24", "w40"}
+    assert lab.starts(NEW) == 1
+    assert lab.all_gone()
+
+
+def test_builds_that_do_not_fit_at_once_take_turns(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second server's lack of memory is not the config's; no later block tries it again."""
+    running: list[Server] = []
+
+    def crowded(*arguments: Any) -> Server:  # noqa: ANN401 - passed on
+        if any(server.alive() for server in running):
+            raise OutOfMemoryError("none left", what="a buffer", log=None, kind="start")
+        running.append(start(*arguments))
+        return running[-1]
+
+    monkeypatch.setattr(servers, "start", crowded)
+    campaign = lab.campaign((FIRST,))
+    assert [campaign.block(index).together for index in range(2)] == [False, False]
+    assert campaign.failures == {}
+    assert (lab.starts(BASE) + lab.starts(NEW)) == 1 + 2 + 2
+    assert sum("do not fit" in text for text in lab.said) == 1
+
+
+def test_memory_that_runs_out_of_a_request_beside_another_server_is_tried_alone(lab: Lab) -> None:
+    """The workload fails only if it does so by itself as well."""
+    campaign = lab.campaign((FIRST, SECOND), new="oom#40")
+    pair = campaign.block(0)
+    assert not pair.together
+    assert campaign.failures.keys() == {"w40"}
+    assert isinstance(campaign.failures["w40"], OutOfMemoryError)
+    assert campaign.partial["w40"].how == "ran out of memory"
+    assert lab.all_gone()
+
+
+def test_each_build_can_be_measured_alone(lab: Lab) -> None:
+    """To see which of the two a failure is of; once, however often it is asked."""
+    campaign = lab.campaign((FIRST,), new="start-oom")
+    with pytest.raises(OutOfMemoryError):
+        campaign.block(0)
+    assert campaign.alone(base=True).launch(0).build == "b9000"
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError):
+            campaign.alone(base=False).launch(0)
+    # One in the block, one alone.
+    assert lab.starts(NEW) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("require_disk", "no room"),
+        ("require_memory", "no memory"),
+    ],
+)
+def test_nothing_is_started_that_cannot_go_well(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, what: str, message: str
+) -> None:
+    """What is checked before a start refuses it."""
+
+    def refuse(*_arguments: object) -> None:
+        raise RunError(message)
+
+    monkeypatch.setattr(base, what, refuse)
+    with pytest.raises(RunError, match=message):
+        lab.campaign().block(0)
+    assert lab.journal.starts() == []

@@ -1,0 +1,40 @@
+"""Measures a config by llama-bench: whole processes, one build after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.campaign.base import Campaign, PairedLaunches, wandering
+from pytest_llmperf.measure.bench import BenchPlan, run_bench
+from pytest_llmperf.measure.launch import Launch
+
+
+@dataclass(slots=True)
+class BenchCampaign(Campaign):
+    """The measuring of one config by llama-bench.
+
+    A process times itself from start to end, so two builds cannot take turns within a block: they
+    run one after the other, in the order of a coin flip, and a block is not paired.
+    """
+
+    def _plan(self, build: Build, what: str) -> BenchPlan:
+        return BenchPlan(build, self.config, self.files, self.pairs, self.serve, what)
+
+    def _run_block(self, what: str) -> PairedLaunches:
+        base = self._second()
+        live = self._live()
+        for build in (base, self.new):
+            if live:
+                # Before the one is measured for minutes: the other may have no such tool.
+                self._plan(build, what).command(live[:1])
+        return self._run_apart(base, self.new, what)
+
+    def _run_alone(self, build: Build, what: str) -> Launch:
+        workloads = self._live()
+        self._say(f"{what}: {build.label} by llama-bench")
+        watch = self._watch()
+        done = run_bench(self._plan(build, what), workloads)
+        self.failures |= done.failures
+        done.launch.disturbed = self._disturbed(watch) or wandering(done.launch)
+        return done.launch

@@ -1,0 +1,59 @@
+"""Any GPU without any weights: synthetic models of real shapes.
+
+The first run writes them into the cache folder: 1.3, 4.5, 17 and 20 GB.
+"""
+
+import pytest
+
+DENSE = ["synth-1b", "synth-8b", "synth-8b-kv-q8", "synth-8b-k-q8"]
+MOE = ["synth-moe", "synth-qwen35"]
+# Experts in the CPU's memory, by hand and by --fit.
+OFFLOADED = ["synth-moe-cpu16", "synth-moe-exps-cpu", "synth-moe-fit", "synth-qwen35-cpu24"]
+DRAFTING = ["gpu-ngram", "gpu-draft"]
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=[*DENSE, *MOE], workloads=["short", "long"])
+def test_decode(speed):
+    """Decode and prompts on the GPU stay as fast as they were."""
+    speed.gate("decode_tps", "prefill_tps", "ttft_ms")
+
+
+@pytest.mark.gpu
+@pytest.mark.long_running
+@pytest.mark.llmperf(configs=OFFLOADED, workloads=["short", "long"])
+def test_decode_offloaded(speed):
+    """The same where the CPU does a part of the work."""
+    speed.gate("decode_tps", "prefill_tps", "ttft_ms")
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=[*DENSE, *MOE, *OFFLOADED])
+def test_memory(memory):
+    """GPU memory, fitted context and what runs on the GPU stay."""
+    memory.gate("vram_mib", "offloaded_layers", "n_ctx", "graph_splits")
+
+
+@pytest.mark.gpu
+@pytest.mark.long_running
+@pytest.mark.llmperf(
+    configs=["synth-8b", "synth-8b-kv-q8"],
+    workloads=["depth_0", "depth_4k", "depth_8k", "depth_16k", "depth_32k"],
+)
+def test_depths(speed):
+    """Speed falls with depth as it did."""
+    speed.gate("decode_tps", "prefill_tps")
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=["synth-8b-parallel"], workloads=["short", "parallel_4", "parallel_8"])
+def test_parallel(speed):
+    """One, four and eight users get as much together, and each as soon, as before."""
+    speed.gate("aggregate_tps", "decode_tps", "ttft_ms")
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=DRAFTING, workloads=["repeat"])
+def test_drafting(speed):
+    """As many drafted tokens are accepted as before."""
+    speed.gate("draft_acceptance", "decode_tps")
