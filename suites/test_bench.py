@@ -18,6 +18,7 @@ M5_MAX = ["m5-f16", "m5-q8", "m5-turbo3", "m5-turbo4", "m5-q8-turbo3", "m5-q8-tu
 
 # Any GPU, without weights.
 SYNTHETIC = ["synth-8b", "synth-8b-kv-q8"]
+SYNTHETIC_DEEP = ["synth-8b-deep"]
 
 DEPTHS = ["bench_0", "bench_4k", "bench_8k", "bench_16k", "bench_32k"]
 DEEPER = ["bench_64k", "bench_128k", "bench_256k", "bench_512k"]
@@ -40,7 +41,7 @@ def test_depths_by_bench(speed):
 
 
 @pytest.mark.long_running
-@pytest.mark.llmperf(configs=M5_MAX, workloads=DEEPER)
+@pytest.mark.llmperf(configs=[*SYNTHETIC_DEEP, *M5_MAX], workloads=DEEPER)
 def test_far_depths_by_bench(speed):
     """The same up to 512K: what runs out of memory, or takes too long, fails alone."""
     speed.gate("decode_tps", "prefill_tps")

@@ -46,6 +46,16 @@ def test_depths(speed):
 
 
 @pytest.mark.gpu
+@pytest.mark.long_running
+@pytest.mark.llmperf(
+    configs=["synth-8b-deep"], workloads=["depth_64k", "depth_128k", "depth_256k", "depth_512k"]
+)
+def test_great_depths(speed):
+    """The same where the cache is larger than the weights; it takes minutes to fill."""
+    speed.gate("decode_tps", "prefill_tps")
+
+
+@pytest.mark.gpu
 @pytest.mark.llmperf(configs=["synth-8b-parallel"], workloads=["short", "parallel_4", "parallel_8"])
 def test_parallel(speed):
     """One, four and eight users get as much together, and each as soon, as before."""

@@ -280,6 +280,8 @@ def start(
         )
     except BaseException:
         key_file.unlink(missing_ok=True)
+        if not log.stat().st_size:
+            log.unlink()
         raise
     client: Client | None = None
     try:

@@ -10,6 +10,8 @@ from support.project import SUITE, Project
 
 from pytest_llmperf.cli.main import main
 
+pytestmark = pytest.mark.alone
+
 
 def test_verdict_agrees_with_a_real_run(
     project: Project, capsys: pytest.CaptureFixture[str]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from support.project import Project
+
+pytestmark = pytest.mark.alone
 
 
 def test_build_is_measured_side_by_side(project: Project) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support.project import Project
 
+pytestmark = pytest.mark.alone
+
 
 def test_no_budget_decides_on_one_block(project: Project) -> None:
     """With nothing to spend a verdict rests on the one block that a gate needs at least."""

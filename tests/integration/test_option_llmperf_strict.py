@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support.project import Project
+
+pytestmark = pytest.mark.alone
 
 
 def test_inconclusive_warns_and_under_strict_fails(project: Project) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support.project import Project
 
+pytestmark = pytest.mark.alone
+
 SUITE = """
 [models.small]
 synth = { layers = 8, embedding = 512, heads = 8, kv-heads = 4, feed-forward = 1536 }
