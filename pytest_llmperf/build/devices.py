@@ -11,6 +11,8 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BuildError
 
 _DEVICE = re.compile(r"^\s+(\w+):\s+(.*?)\s+\((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+# Listed as well, since it computes, but on the CPU: "BLAS: Accelerate (0 MiB, 0 MiB free)".
+_CPU = re.compile(r"BLAS|AMX|CPU")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,5 +51,7 @@ def devices_of(build: Build) -> tuple[Device, ...]:
             "toolkit, or name the devices in [builds.NAME] run)"
         ) from error
     return tuple(
-        Device(match[1], match[2], int(match[3]), int(match[4])) for match in _DEVICE.finditer(text)
+        Device(match[1], match[2], int(match[3]), int(match[4]))
+        for match in _DEVICE.finditer(text)
+        if not _CPU.match(match[1])
     )

@@ -35,6 +35,25 @@ def test_each_device_is_read_with_its_memory(make_program: MakeProgram) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("MTL0: Apple M5 Max (110100 MiB, 110099 MiB free)", "MTL0"),
+        ("Metal: Apple M4 Max (98304 MiB, 98303 MiB free)", "Metal"),
+        ("ROCm0: AMD Radeon RX 7900 XTX (24560 MiB, 24510 MiB free)", "ROCm0"),
+        ("SYCL0: Intel(R) Arc(TM) A770 Graphics (15473 MiB, 15473 MiB free)", "SYCL0"),
+        ("Vulkan0: llvmpipe (LLVM 15.0.6, 256 bits) (2048 MiB, 2048 MiB free)", "Vulkan0"),
+    ],
+)
+def test_every_backend_counts_and_a_library_of_the_cpu_does_not(
+    make_program: MakeProgram, line: str, found: str
+) -> None:
+    """A Mac lists the library that multiplies on its CPU beside its GPU."""
+    lines = ("Available devices:", f"  {line}", "  BLAS: Accelerate (0 MiB, 0 MiB free)")
+    program = make_program("cat <<'EOF'", *lines, "EOF")
+    assert [device.id for device in devices_of(build_of(program))] == [found]
+
+
 def test_a_build_without_gpu_code_has_none(make_program: MakeProgram) -> None:
     """An empty list, with or without the word for it."""
     program = make_program("echo 'Available devices:'", "echo '  (none)'")
