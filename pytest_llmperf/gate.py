@@ -34,7 +34,7 @@ from pytest_llmperf.judge.decide import (
 from pytest_llmperf.judge.priors import Priors, pooled_prior
 from pytest_llmperf.judge.sequential import Decision, Plan
 from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block, decide_side_by_side
-from pytest_llmperf.judge.store import Baseline, Failure
+from pytest_llmperf.judge.store import Baseline, Failure, beforehand
 from pytest_llmperf.judge.stored import decide_stored, stored_plan
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.measure.launch import Launch
@@ -439,20 +439,20 @@ class Question:
             now = failure_of(error)
             if now.kind != was.kind:
                 raise
-            launch = no_launch()
-        # What was not asked has no prompt; a report has no conditions.
-        known, found = (
-            {name: value for name, value in one.items() if name != "prompt"}
-            for one in (
-                stored.baseline.fingerprints.get(self.case.key, {}),
-                self.fingerprint(launch),
-            )
-        )
+            # It has no samples of this case, but may know what the server said of itself.
+            launch = self.campaign.launch(0) if self.campaign.measured[1] else no_launch()
+        known = beforehand(stored.baseline.fingerprints.get(self.case.key, {}))
+        fingerprint = self.fingerprint(launch)
+        found = beforehand(failed_with(fingerprint, was, self.case))
+        # A report has no conditions.
         if not stored.baseline.published and (differing := differences(known, found)):
             return incomparable(metric, differing)
         if now is not None:
             return still_fails(metric, was, now, stored.label)
-        return works_now(metric, was, taken, stored.label)
+        verdict = works_now(metric, was, taken, stored.label)
+        if stored.oldest is None:
+            return verdict
+        return since(verdict, *stored.oldest, self.case.key, fingerprint)
 
     def _again(self, verdict: Verdict) -> Verdict:
         """Let a REGRESSION against recorded launches prove itself side by side, if it can.
@@ -472,6 +472,13 @@ def failure_of(error: LlmperfError) -> Failure:
     if isinstance(error, OutOfMemoryError):
         return Failure("oom", error.what)
     return Failure("too-slow", str(error).partition("\n")[0])
+
+
+def failed_with(fingerprint: Fingerprint, failure: Failure, case: Case) -> Fingerprint:
+    """Return the fingerprint of a case that fails: what is too slow is so by the limit it had."""
+    if failure.kind != "too-slow" or case.workload is None or not case.workload.limit:
+        return fingerprint
+    return {**fingerprint, "limit": case.workload.limit}
 
 
 def unmeasured(metric: Metric, error: LlmperfError) -> Verdict:

@@ -200,6 +200,7 @@ class Passes:
         }
         if self.new.url is None:
             found |= {"model": self._model_sha(config), "options": self._options(config)}
+            found |= self.new.conditions
         return found
 
     def fingerprint(self, case: Case, passed: Passed) -> dict[str, str | int | float | bool]:
@@ -253,6 +254,8 @@ class Passes:
             return self._against(build, case, given)
         if config.against:
             other = self.configs[config.against]
+            # Whose test is marked `gpu` is compared with what a GPU answers.
+            other = replace(other, gpu=other.gpu or config.gpu)
             if build.url is not None:
                 raise RunError(
                     f"config {config.name}: {build.label} is a running server and has one config, "
@@ -260,7 +263,7 @@ class Passes:
                     "the build started here"
                 )
             reference = self._once(
-                (build.identity, other.name, one.name, "reference"),
+                (build.identity, other.name, other.gpu, one.name, "reference"),
                 lambda: self._kept_reference(build, other, one),
             )
             return self._against(build, case, reference)
@@ -314,6 +317,7 @@ class Passes:
             # The hash of a build is that of its server.
             *(build.sha256, self._sha(tool_of(build, PERPLEXITY)) if way == "tool" else ""),
             sorted(map(str, build.env.items())),
+            *([build.container.program] if build.container is not None else []),
             sorted(map(str, {**config.options, **build.options}.items())),
         ]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +259,12 @@ def _case_of(item: pytest.Item) -> Case | None:
     return case if hasattr(case, "config") else None
 
 
+def _marked(case: Case, item: pytest.Item) -> Case:
+    """Return the case of a test; a test that is marked ``gpu`` makes a GPU config of its own."""
+    gpu = case.config.gpu or item.get_closest_marker("gpu") is not None
+    return replace(case, config=replace(case.config, gpu=gpu))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the tests of one config next to each other, so that its servers start once."""
@@ -285,7 +292,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Resolve builds and baseline once the selection is known."""
     config = session.config
     state = config.stash[STATE]
-    selected = [case for item in session.items if (case := _case_of(item)) is not None]
+    selected = [
+        _marked(case, item) for item in session.items if (case := _case_of(item)) is not None
+    ]
     asks = any(_RUN_FIXTURE in getattr(item, "fixturenames", ()) for item in session.items)
     # pytest calls this hook even where the one before it failed.
     if not asks or session.testsfailed or state.error is not None:

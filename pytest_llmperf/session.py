@@ -37,6 +37,7 @@ from pytest_llmperf.gate import (
     Record,
     SideBySide,
     Stored,
+    failed_with,
     no_launch,
     unmeasured,
 )
@@ -61,6 +62,7 @@ from pytest_llmperf.preflight import disk_warnings, gpu_warnings
 from pytest_llmperf.quality_gate import QualityQuestion, not_alone
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
+from pytest_llmperf.serve.ollama import ollama_options
 from pytest_llmperf.settings import Settings
 
 _KEPT_RUNS = 10
@@ -126,8 +128,8 @@ class Run:
     seed: int
     selected: Mapping[str, Sequence[Case]]
     priors: Priors = field(default_factory=Priors)
-    _campaigns: dict[tuple[str, Tool], Campaign] = field(default_factory=dict)
-    _rematches: dict[tuple[str, Tool], Campaign] = field(default_factory=dict)
+    _campaigns: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
+    _rematches: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
     _passes: Passes | None = None
     _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
@@ -160,8 +162,9 @@ class Run:
             PlanError: If there is no such metric, or the case cannot show it.
         """
         check_metrics(case, asked)
+        case = replace(case, config=self._with_gpu(case.config, marked=gpu))
         try:
-            self._require_gpu(needed=gpu or case.config.gpu)
+            self._require_gpu(needed=case.config.gpu)
             if case.corpus_pass is not None:
                 return self._gate_quality(nodeid, case, asked)
             campaign = self.campaign(case.config, case.tool)
@@ -239,15 +242,18 @@ class Run:
     def server(self, config: Config, *, gpu: bool = False) -> Server:
         """Return a running server of the build under test, started once a config.
 
+        Args:
+            config: The config.
+            gpu: Whether the test is marked ``gpu``, whatever its config says.
+
         Raises:
             LlmperfError: If it cannot be started.
         """
-        if self._server is not None and (
-            self._server.config is not config or not self._server.alive()
-        ):
+        config = self._with_gpu(config, marked=gpu)
+        if self._server is not None and (self._server.config != config or not self._server.alive()):
             self.close_server()
         if self._server is None:
-            self._require_gpu(needed=gpu or config.gpu)
+            self._require_gpu(needed=config.gpu)
             files = self.files(config) if self.new.url is None else ModelFiles(Path())
             self._server = start(self.new, config, files, self._serve_plan())
         return self._server
@@ -257,6 +263,17 @@ class Run:
         if self._server is not None:
             self._server.stop()
             self._server = None
+
+    def _with_gpu(self, config: Config, *, marked: bool) -> Config:
+        """Return a config that gets a GPU if a test of it is marked so.
+
+        All selected tests of a config share its servers, so what one of them needs all get; those
+        that are not marked themselves do without where there is none.
+        """
+        if config.gpu:
+            return config
+        asked = any(case.config.gpu for case in self.selected.get(config.name, ()))
+        return replace(config, gpu=marked or (asked and self._lacks_gpu() is None))
 
     # -- what the rest of the run needs --------------------------------------------------
 
@@ -299,7 +316,7 @@ class Run:
         Raises:
             LlmperfError: If the config's model or a GPU it needs is not there.
         """
-        key = config.name, tool
+        key = config.name, config.gpu, tool
         if key not in self._campaigns:
             self._campaigns[key] = self._campaign(config, tool, self.base)
         return self._campaigns[key]
@@ -310,7 +327,7 @@ class Run:
         Raises:
             LlmperfError: If that build, as it was recorded, cannot be started here.
         """
-        key = config.name, tool
+        key = config.name, config.gpu, tool
         if key not in self._rematches:
             if self._recorded is None:
                 try:
@@ -390,10 +407,14 @@ class Run:
             "protocol": PROTOCOL,
             "options": told(options),
         }
+        if case.tool != "llama-server":
+            found["tool"] = case.tool
         if self.new.url is not None:
-            # What a running server was started with is its own affair.
-            found |= {"model": launch.model, "options": "of the running server"}
+            # What a running server was started with is its own affair, but for what it is asked.
+            asked = told(ollama_options(case.config)[0]) if self.new.api == "ollama" else ""
+            found |= {"model": launch.model, "options": asked or "of the running server"}
         else:
+            found |= self.new.conditions
             files = self.files(case.config)
             for name, path in (
                 ("model", files.main),
@@ -460,16 +481,18 @@ class Run:
         return any(build is not None and build.url is None for build in (self.new, self.base))
 
     def _require_gpu(self, *, needed: bool) -> None:
-        if not needed:
-            return
+        if needed and (error := self._lacks_gpu()) is not None:
+            raise error
+
+    def _lacks_gpu(self) -> LlmperfError | None:
+        """Return why a build has no GPU here, None if all have one."""
         if not self._gpu_checked:
             self._gpu_checked = True
             try:
                 self._gpu_error = self._look_for_gpu()
             except LlmperfError as error:
                 self._gpu_error = error
-        if self._gpu_error is not None:
-            raise self._gpu_error
+        return self._gpu_error
 
     def _look_for_gpu(self) -> LlmperfError | None:
         for build in (self.new, self.base):
@@ -526,6 +549,12 @@ class Run:
             base = self._side(self.base, [pair.base for pair in pairs])
         else:
             base = self._stored_side()
+        failure = _failure_in(verdicts)
+        fingerprint: Fingerprint = {}
+        if new or failure is not None:
+            fingerprint = self.fingerprint(case, new[0] if new else no_launch())
+        if failure is not None:
+            fingerprint = failed_with(fingerprint, failure, case)
         return Result(
             nodeid=nodeid,
             case=case.key,
@@ -533,11 +562,7 @@ class Run:
             base=base,
             machine=self.machine_key,
             verdicts=tuple(verdicts),
-            fingerprint=(
-                self.fingerprint(case, new[0] if new else no_launch())
-                if new or _failure_in(verdicts)
-                else {}
-            ),
+            fingerprint=fingerprint,
             options=self._options,
             measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
             partial=_partial(campaign, case),

@@ -89,6 +89,8 @@ def look(state: Path, form: str, names: list[str]) -> int:
         known = json.loads(record.read_text("utf-8"))
         alive = running(known["pid"]) if known["pid"] else False
         if "json .State" in form:
+            if (state / "faults").exists() and (state / "faults").read_text("utf-8") == "slow":
+                time.sleep(1.5)
             told = {"Running": alive, "ExitCode": known.get("code", 0), "StartedAt": "2026-01-01"}
             sys.stdout.write(f"{json.dumps(told)} 0\n")
         elif ".State.Pid" in form:

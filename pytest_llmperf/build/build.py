@@ -22,6 +22,9 @@ _BUILD_INFO = re.compile(r"^b?(\d+)-(\S+)$")
 _SHALLOW = 1
 
 
+_PLACES = frozenset({"LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PATH"})
+"""Environment variables that say where a build lies, not how it works."""
+
 ServerApi = Literal["llama-server", "openai", "ollama"]
 """What a server speaks: llama-server's own API, OpenAI's chats alone, or Ollama's own."""
 
@@ -69,6 +72,21 @@ class Build:
     def host_env(self) -> Mapping[str, str]:
         """What its environment variables are to a process of ours: none of a container's."""
         return {} if self.container is not None else self.env
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """What it adds to the conditions of measuring beside its options, for fingerprints.
+
+        Its environment variables, and what its container may use of the machine; nothing where
+        there is nothing of the kind. Which program of an image runs tells builds apart, as the
+        image does.
+        """
+        env = {name: value for name, value in self.env.items() if name not in _PLACES}
+        told = {
+            "env": " ".join(f"{name}={value}" for name, value in sorted(env.items())),
+            "run": " ".join(self.container.limits) if self.container is not None else "",
+        }
+        return {name: value for name, value in told.items() if value}
 
     @property
     def forget(self) -> Callable[[], object] | None:

@@ -33,6 +33,12 @@ _OWNED = {
     "--entrypoint": "name it with [builds.NAME] program",
     "--pull": "an image is never pulled in the middle of a run",
 }
+_SHAPING = {
+    *("--cpus", "--cpuset-cpus", "--cpuset-mems", "--cpu-quota", "--cpu-period", "--cpu-shares"),
+    *("-c", "--memory", "-m", "--memory-swap", "--env", "-e", "--env-file"),
+}
+"""Flags of ``run`` that give a server less of the machine, or other variables. The others are what
+an engine needs to show it devices, files and networks."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -66,6 +72,17 @@ class Container:
     def network(self) -> str:
         """The network that the user's flags name, or ``""``."""
         return _value_of(self.run, "--network", "--net")
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """The user's flags that shape what is computed with, sorted: ``--cpus=2``."""
+        found = []
+        for index, flag in enumerate(self.run):
+            name, equals, value = flag.partition("=")
+            if name in _SHAPING:
+                given = value if equals else next(iter(self.run[index + 1 : index + 2]), "")
+                found.append(f"{name}={given}")
+        return tuple(sorted(found))
 
     def asking(self, *, gpu: bool = False) -> tuple[str, ...]:
         """Return the command that asks its program, but for the question.

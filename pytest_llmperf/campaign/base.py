@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import LlmperfError, RunError
+from pytest_llmperf.errors import LlmperfError, OutOfMemoryError, RunError
 from pytest_llmperf.measure.host import Watch, unsteady
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.measuring import measuring
@@ -213,6 +213,7 @@ class Campaign(ABC):
         """Measure, and measure again while something disturbs it; the last try is kept as it is.
 
         A disturbance that lasts is not to be tried again by every test: it stays with the unit.
+        So it does where a further try runs out of memory: what fitted does not fit beside others.
         """
         unit = measure(what)
         for _ in range(_TRIES - 1):
@@ -220,7 +221,11 @@ class Campaign(ABC):
                 break
             self._say(f"{what} is measured again: {unit.disturbed}")
             self._wait_for_quiet(what)
-            unit = measure(what)
+            try:
+                unit = measure(what)
+            except OutOfMemoryError as error:
+                self._say(f"{what} stays as it was: {str(error).splitlines()[0]}")
+                break
         return unit
 
     def _wait_for_quiet(self, what: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_llmperf.errors import BaselineError
+from pytest_llmperf.judge._schema import Scalar
 from pytest_llmperf.judge.statistics import Prior, fit_prior, log_means
 from pytest_llmperf.judge.store import Baseline, write_atomic
 
@@ -125,12 +126,17 @@ def load(path: Path) -> Priors:
 def pooled_prior(baseline: Baseline, key: str, metric: str) -> Prior | None:
     """Return the variance prior that the other cases of a metric in one baseline file give.
 
-    None if fewer than two others have enough launches to tell.
+    Only those that the same program measured: llama-bench's own clock sees no HTTP and no sampling,
+    so its launches differ in a way of their own. None if fewer than two others have enough launches
+    to tell.
     """
     variances, dfs = [], []
+    tool = _tool(baseline, key)
     for case, metrics in baseline.results.items():
         entry = metrics.get(metric)
-        if case == key or entry is None or entry.launches is None or len(entry.launches) < 2:  # noqa: PLR2004 - a variance needs two
+        if case == key or entry is None or _tool(baseline, case) != tool:
+            continue
+        if entry.launches is None or len(entry.launches) < 2:  # noqa: PLR2004 - a variance needs two
             continue
         means = log_means(entry.launches)
         variances.append(float(means.var(ddof=1)))
@@ -138,3 +144,8 @@ def pooled_prior(baseline: Baseline, key: str, metric: str) -> Prior | None:
     if len(variances) < 2 or not all(v > 0 for v in variances):  # noqa: PLR2004 - so does theirs
         return None
     return fit_prior(variances, dfs)
+
+
+def _tool(baseline: Baseline, case: str) -> Scalar:
+    # What a server measured does not say so.
+    return baseline.fingerprints.get(case, {}).get("tool", "")

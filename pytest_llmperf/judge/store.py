@@ -55,6 +55,7 @@ __all__ = [
     "Failure",
     "Measured",
     "Recorded",
+    "beforehand",
     "dump",
     "find",
     "labels",
@@ -74,6 +75,10 @@ MOST_LAUNCHES = 20
 
 LOCK_TIMEOUT_S = 60.0
 """Longest wait for another process that updates the same file: an update takes well under 1 s."""
+
+
+_FROM_ANSWERS = frozenset({"prompt", "vram", "reference", "tokens"})
+"""Parts of a fingerprint that only what was measured tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,11 @@ def load(path: Path) -> Baseline:
     except (OSError, UnicodeDecodeError) as error:
         raise BaselineError(f"{path}: cannot be read: {error}") from None
     return parse(text, path)
+
+
+def beforehand(fingerprint: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The part of a fingerprint that is known of a case which could not be measured, too."""
+    return {name: value for name, value in fingerprint.items() if name not in _FROM_ANSWERS}
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -434,13 +444,10 @@ def _fail(  # noqa: PLR0917 - one case, and the parts of a file it changes
         BaselineError: They were measured under the same conditions.
     """
     failed = entry.failed
-    # What was not asked has no prompt.
-    kept, now = (
-        {name: value for name, value in one.items() if name != "prompt"}
-        for one in (fingerprints.get(case, {}), entry.fingerprint)
-    )
+    kept, now = beforehand(fingerprints.get(case, {})), beforehand(entry.fingerprint)
     before = results.get(case, {})
-    if before and kept == now:
+    # Of results it does not matter how long they might have taken.
+    if before and kept == {name: value for name, value in now.items() if name != "limit"}:
         raise place.error(
             "launches of it were recorded under the same conditions, and now it "
             f"{'' if failed is None else failed.words}: find out what else takes memory or time, "

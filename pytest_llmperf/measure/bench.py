@@ -23,7 +23,6 @@ from pytest_llmperf.build.tools import BENCH, tool_of
 from pytest_llmperf.errors import (
     CheckError,
     LlmperfError,
-    OutOfMemoryError,
     RunError,
     ToolError,
     TooSlowError,
@@ -31,8 +30,9 @@ from pytest_llmperf.errors import (
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.plan.config import Config, ModelFiles, Turn, Workload
 from pytest_llmperf.plan.options import OptionValue
-from pytest_llmperf.serve.failure import Shortage, shortage
-from pytest_llmperf.serve.launch import ServePlan, server_environment, tail
+from pytest_llmperf.serve.client import too_slow
+from pytest_llmperf.serve.failure import shortage
+from pytest_llmperf.serve.launch import ServePlan, out_of_memory, server_environment, tail
 from pytest_llmperf.serve.process import ServerProcess
 from pytest_llmperf.serve.throttle import Throttle
 
@@ -429,11 +429,7 @@ def _given_up(
                 "`llmperf_start_timeout` in the ini file"
             )
     elif workload.limit and seconds > workload.limit:
-        return TooSlowError(
-            f"{plan.about}: {workload.name}: too slow: given up after the {workload.limit:g} s "
-            f"that one sample may take, in its {step}; `limit` of the workload says how long that "
-            "is"
-        )
+        return too_slow(f"{plan.about}: {workload.name}", workload.limit, f"in its {step}")
     elif not workload.limit and silent > plan.serve.hang:
         return ToolError(
             f"{plan.about}: {workload.name}: nothing came for {plan.serve.hang:g} s, in its "
@@ -456,16 +452,9 @@ def _ended(process: ServerProcess, text: str, how: str) -> RunError:
     """Return the error of a tool that did not do its work: no memory, or something else."""
     told = f"{how}; log: {process.log}\n{tail(process.log)}"
     lacking = shortage(text)
-    if lacking is None and process.killed_for_memory:
-        lacking = Shortage("CPU", "", None)
-    if lacking is None:
+    if lacking is None and not process.killed_for_memory:
         return ToolError(told)
     # The tool makes its context as long as the depth wants it.
     deep = "leave out what is as deep, or quantize the cache (cache-type-k, cache-type-v)"
-    advice = lacking.advice if lacking.purpose in {"model", "compute"} else deep
-    return OutOfMemoryError(
-        f"out of memory: there was none for a {lacking.words}: {advice}\n  {told}",
-        what=lacking.words,
-        log=process.log,
-        kind="start",
-    )
+    advice = "" if lacking is not None and lacking.purpose in {"model", "compute"} else deep
+    return out_of_memory(process, text, lacking, told, advice=advice)

@@ -142,6 +142,8 @@ class Session:
         if self.server.pid is not None and (tree := process_tree(self.server.pid)):
             samples["rss_mib"] = [rss_mib(tree)]
             launch.vram = vram_mib([process.pid for process in tree])
+        if self.server.log is not None:
+            # Told even where the process cannot be seen, as of a container in another machine.
             launch.vram_by_log = not launch.vram and bool(facts.gpu_mib)
             if on_gpu := sum((launch.vram or facts.gpu_mib).values()):
                 samples["vram_mib"] = [on_gpu]

@@ -297,6 +297,11 @@ class Model:
         )
 
 
+def is_projector(model: Model) -> bool:
+    """Return whether a model is known to be a projector; what a file holds is not known here."""
+    return isinstance(_shape_of(model), ProjectorShape)
+
+
 def check_projector(model: Model, projector: Model) -> None:
     """Check that a projector is one and makes tokens of the width that a model reads.
 

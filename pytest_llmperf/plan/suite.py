@@ -30,7 +30,14 @@ from pytest_llmperf.plan.config import (
 )
 from pytest_llmperf.plan.env_file import read_env_file
 from pytest_llmperf.plan.lines import line_of
-from pytest_llmperf.plan.model import FLOATS, Model, PresetSpec, SynthSpec, check_projector
+from pytest_llmperf.plan.model import (
+    FLOATS,
+    Model,
+    PresetSpec,
+    SynthSpec,
+    check_projector,
+    is_projector,
+)
 from pytest_llmperf.plan.options import OWNED, TEMPLATE_FILE, OptionValue, from_flag
 
 _T = TypeVar("_T")
@@ -227,6 +234,14 @@ class _Reader:
                     "projector",
                 )
             if model.projector is not None:
+                if model.projector == model.name:
+                    raise self.fail(
+                        f"model `{model.name}` is its own projector: name the model that makes "
+                        "tokens of images",
+                        "models",
+                        model.name,
+                        "projector",
+                    )
                 try:
                     check_projector(model, models[model.projector])
                 except PlanError as error:
@@ -344,10 +359,12 @@ class _Reader:
             raise self.fail("lacks `turns`, such as [{ prompt = 64, generate = 64 }]", *where)
         if len(turns) > 1 and any(turn.depth for turn in turns):
             raise self.fail("has `depth` among several turns: it goes with a single one", *where)
-        limit = table.get("limit", 0.0)
-        seconds = limit if isinstance(limit, int | float) else -1
-        if isinstance(limit, bool) or not 0 <= seconds < math.inf:
-            raise self.fail(f"`limit` must be a number of seconds, not {limit!r}", *where, "limit")
+        limit = table.get("limit")
+        seconds = limit if isinstance(limit, int | float) else 0
+        if limit is not None and (isinstance(limit, bool) or not 0 < seconds < math.inf):
+            raise self.fail(
+                f"`limit` must be a number of seconds above 0, not {limit!r}", *where, "limit"
+            )
         found = Workload(
             name=name,
             turns=turns,
@@ -357,7 +374,7 @@ class _Reader:
             thinking=self.take(table, "thinking", bool, False, *where)  # noqa: FBT003 - unused
             if "thinking" in table
             else None,
-            image=self.count(table, "image", "pixels", 0, 0, *where),
+            image=self.count(table, "image", "pixels", 1, 0, *where) if "image" in table else 0,
             tool=cast("Tool", self.choice(table, "tool", get_args(Tool), *where)),
             limit=float(seconds),
         )
@@ -498,10 +515,10 @@ class _Reader:
         table: Mapping[str, object],
         key: str,
         default: str,
-        models: Collection[str],
+        models: Mapping[str, Model],
         *where: str,
     ) -> str:
-        """Return the name of a model, ``""`` where none is named."""
+        """Return the name of a text model, ``""`` where none is named."""
         name = self.take(table, key, str, default, *where)
         if name and name not in models:
             raise self.fail(
@@ -510,10 +527,17 @@ class _Reader:
                 *where,
                 key,
             )
+        if name and is_projector(models[name]):
+            raise self.fail(
+                f"`{name}` is a projector, which no server runs by itself: name it in the key "
+                "`projector` of the text model that it is for",
+                *where,
+                key,
+            )
         return name
 
     def configs(
-        self, tables: dict[str, dict[str, object]], models: Collection[str]
+        self, tables: dict[str, dict[str, object]], models: Mapping[str, Model]
     ) -> dict[str, Config]:
         done: dict[str, Config] = {}
 
@@ -584,7 +608,8 @@ def _contradiction(workload: Workload) -> str:
     """Return which keys of a workload do not go together, ``""`` if all do."""
     chat = workload.api == "chat"
     if workload.tool == "llama-bench":
-        if chat or workload.parallel > 1 or workload.image or len(workload.turns) > 1:
+        other = chat or workload.image or workload.thinking is not None
+        if other or workload.parallel > 1 or len(workload.turns) > 1:
             return (
                 "llama-bench takes one turn of `depth`, `prompt` and `generate`, and nothing else"
             )

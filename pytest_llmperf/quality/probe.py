@@ -50,6 +50,7 @@ from pytest_llmperf.errors import (
     BuildError,
     CheckError,
     LlmperfError,
+    OutOfMemoryError,
     PlanError,
     ServerError,
     ToolError,
@@ -158,7 +159,8 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
         tokens, with the variance about the mean.
 
     Raises:
-        BuildError: If the build does not know an option, or its slot has no room for a chunk.
+        BuildError: If the build does not know an option, its slot has no room for a chunk, or it is
+            an endpoint that is no llama-server.
         PlanError: If the text is not UTF-8.
         ServerError: If the server does not start, or fails before the first chunk is finished.
         ToolError: If the text is shorter than two chunks, or the pass would take longer than the
@@ -168,6 +170,7 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
         LlmperfError: What ``consume`` raised, unless the server itself failed.
     """
     began = time.monotonic()
+    _check_api(build)
     text = _read(corpus)
     if build.url is None:
         build, config = _pinned(build, config, plan)
@@ -215,6 +218,17 @@ def _read(corpus: Path) -> str:
         raise PlanError(f"{place} is not UTF-8: a server takes no other text", corpus) from error
     except OSError as error:
         raise PlanError(f"cannot be read: {error.strerror}", corpus) from error
+
+
+def _check_api(build: Build) -> None:
+    if build.api == "llama-server":
+        return
+    kind = "Ollama" if build.api == "ollama" else "an OpenAI-compatible endpoint"
+    raise BuildError(
+        f"build {build.label} is {kind}, which does not tell its tokens and how likely each is, as "
+        "a corpus pass needs: pass the corpus through llama-server, or leave such tests out with "
+        '-m "not quality"'
+    )
 
 
 def _check_room(server: Server, plan: PassPlan) -> None:
@@ -313,6 +327,9 @@ class _Task:
         """Have ``token`` come after ``prompt``; None if the server keeps silent about it."""
         try:
             said = self.server.client.post("/completion", _body(prompt, token, listed))
+        except OutOfMemoryError:
+            # An outcome of its own, which says all there is to say.
+            raise
         except ServerError as error:
             if _UNPARSED in str(error):
                 return None

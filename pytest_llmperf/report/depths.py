@@ -20,7 +20,8 @@ _Cell = tuple[str, int, int, int, str]
 def depth_lines(results: Sequence[Result], workloads: Mapping[str, Workload]) -> list[str]:
     """Return a table of the speeds that both programs were measured at, empty if there are none.
 
-    Workloads count as the same where they agree in depth, prompt and generated tokens.
+    Workloads count as the same where they agree in depth, prompt and generated tokens. Chats do
+    not: their template adds tokens, and a picture more.
 
     Args:
         results: Of all tests.
@@ -31,6 +32,8 @@ def depth_lines(results: Sequence[Result], workloads: Mapping[str, Workload]) ->
         config, _, name = result.case.partition("/")
         workload = workloads.get(name)
         if workload is None or len(workload.turns) != 1 or workload.parallel != 1:
+            continue
+        if workload.api != "completion":
             continue
         turn = workload.turns[0]
         for verdict in result.verdicts:

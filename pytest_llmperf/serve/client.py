@@ -320,7 +320,7 @@ class Client:
                     now = clock()
                     arrived.append((now, chunk))
                     if now > limit.at:
-                        raise _too_slow(ask.what, arrived, limit)
+                        raise too_slow(ask.what, limit.seconds, progress(arrived))
                     if not chunk.startswith(b":") or b"data:" in chunk:
                         heard = now
                     elif now - heard > self._timeout:
@@ -328,8 +328,9 @@ class Client:
                         raise httpx.ReadTimeout("nothing but pings")
             ended = clock()
         except httpx.HTTPError as error:
-            if isinstance(error, httpx.ReadTimeout) and clock() >= limit.at:
-                raise _too_slow(ask.what, arrived, limit) from error
+            # Or a write: what begins when the limit is over has no time to be sent.
+            if isinstance(error, httpx.TimeoutException) and clock() >= limit.at:
+                raise too_slow(ask.what, limit.seconds, progress(arrived)) from error
             raise self._broken(error, ask.what, partial=len(arrived)) from error
         return Heard(arrived, started, ended, response.status_code)
 
@@ -346,8 +347,15 @@ class Client:
         return ServerError(f"{what}: the connection broke{after}: {shown}", kind="http")
 
 
-def _too_slow(what: str, arrived: Sequence[tuple[float, bytes]], limit: Limit) -> TooSlowError:
+def too_slow(what: str, seconds: float, far: str) -> TooSlowError:
+    """Return the error of a sample that is given up.
+
+    Args:
+        what: Names it.
+        seconds: How long it may take.
+        far: How far it is, in words.
+    """
     return TooSlowError(
-        f"{what}: too slow: given up after the {limit.seconds:g} s that one sample may take, "
-        f"{progress(arrived)}; `limit` of the workload says how long that is"
+        f"{what}: too slow: given up after the {seconds:g} s that one sample may take, {far}; "
+        "`limit` of the workload says how long that is"
     )

@@ -149,14 +149,15 @@ def box(
     inside: dict[str, str] = {}
     flags: list[str] = []
     folders: dict[Path, int] = {}
-    for path in (*files.all, *_named(options)):
-        if str(path) in inside:
-            continue
+    shown: dict[str, Path] = {}
+    # By the words that name them, since an option may spell a path in a way of its own.
+    for path in (*map(str, files.all), *_named(options)):
         absolute = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
         number = folders.setdefault(absolute.parent, len(folders))
-        for part in parts(absolute):
-            flags += mount(part.resolve(), f"/models/{number}/{part.name}")
-        inside[str(path)] = f"/models/{number}/{absolute.name}"
+        shown |= {f"/models/{number}/{part.name}": part.resolve() for part in parts(absolute)}
+        inside[path] = f"/models/{number}/{absolute.name}"
+    for target, source in shown.items():
+        flags += mount(source, target)
     key = PurePosixPath(f"/llmperf/{name}.key")
     flags += mount(key_file.resolve(), str(key))
     published = container.network != "host"
@@ -173,7 +174,7 @@ def box(
     )
 
 
-def _named(options: Mapping[str, OptionValue]) -> list[Path]:
+def _named(options: Mapping[str, OptionValue]) -> list[str]:
     """Return the files that options name, such as a LoRA adapter or a chat template."""
     values = [
         one
@@ -181,11 +182,8 @@ def _named(options: Mapping[str, OptionValue]) -> list[Path]:
         for one in (value if isinstance(value, tuple) else (value,))
         if isinstance(one, str) and one.startswith("/")
     ]
-    return [
-        Path(one)
-        for one in values
-        if len(one) < os.pathconf("/", "PC_PATH_MAX") and Path(one).is_file()
-    ]
+    # A text, such as a template, may be what no path can be.
+    return [one for one in values if os.path.isfile(one)]  # noqa: PTH113 - Path raises then
 
 
 def _is_ours(pid: int, key: str) -> bool:

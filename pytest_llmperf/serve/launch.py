@@ -44,6 +44,8 @@ _POLL = 0.005
 # A server that accepts but does not answer must not outwait the start timeout.
 _PROBE = 2.0
 _TAIL_LINES = 20
+# How long after a broken connection its server's end may come to be known.
+_DEATH = 2.0
 _numbers = count(1)
 
 
@@ -392,9 +394,32 @@ def _ended(
     log = process.log
     how = f"{what}: {process.describe_exit()}"
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    told = f"{how}\n{_shown(log, command)}"
     lacking = shortage(text)
     if lacking is None and not process.killed_for_memory:
-        return ServerError(f"{how}\n{_shown(log, command)}", log=log, kind=kind)
+        return ServerError(told, log=log, kind=kind)
+    return out_of_memory(process, text, lacking, told, kind=kind)
+
+
+def out_of_memory(
+    process: ServerProcess,
+    text: str,
+    lacking: Shortage | None,
+    how: str,
+    *,
+    kind: str = "start",
+    advice: str = "",
+) -> OutOfMemoryError:
+    """Return the error of a program whose memory ran out.
+
+    Args:
+        process: It has ended.
+        text: Its log.
+        lacking: What there was no memory for; None if it was killed without a word.
+        how: What it did not live to do, and how it ended.
+        kind: Of the error.
+        advice: What may help; by default as the shortage says.
+    """
     # Who is killed has no time to say what for.
     what = "host memory" if lacking is None else lacking.words
     lacking = lacking or Shortage("CPU", "", None)
@@ -407,10 +432,9 @@ def _ended(
     if lacking.device == "CPU" and (limited := limits()):
         told += f"; {limited}"
     return OutOfMemoryError(
-        f"out of memory: {what} could not be allocated{told}: {lacking.advice}\n"
-        f"  {how}\n{_shown(log, command)}",
+        f"out of memory: {what} could not be allocated{told}: {advice or lacking.advice}\n  {how}",
         what=what,
-        log=log,
+        log=process.log,
         kind=kind,
     )
 
@@ -422,15 +446,17 @@ def _post_mortem(process: ServerProcess) -> str | None:
         OutOfMemoryError: If its memory ran out.
     """
     # The connection breaks a moment before the exit is known.
-    deadline = time.monotonic() + 2.0
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + _DEATH
+    while True:
+        waits = time.monotonic() < deadline or process.ending
         if process.poll() is not None:
             error = _ended("the server died", process, kind="crashed")
             if isinstance(error, OutOfMemoryError):
                 raise error
             return f"{process.describe_exit()}\n{_shown(process.log)}"
+        if not waits:
+            return None
         time.sleep(0.02)
-    return None
 
 
 class _Patience:

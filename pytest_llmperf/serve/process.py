@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from weakref import WeakSet
 
 from pytest_llmperf.errors import ServerError
@@ -107,6 +107,9 @@ class ServerProcess:
         self._looked: tuple[int, str] | None = None
         self._clean = aftermath is None
         self._exit: int | None = None
+        # Of requests at once each asks by itself how the server died.
+        self._polling = Lock()
+        self._ending = False
         self._kills_after: Kills | None = None
         self.before = before()
         self._said: SimpleQueue[dict[str, object]] = SimpleQueue()
@@ -151,6 +154,10 @@ class ServerProcess:
 
     def poll(self) -> int | None:
         """Return the server's exit status (negative for a signal), or None while it runs."""
+        with self._polling:
+            return self._poll()
+
+    def _poll(self) -> int | None:
         while self._exit is None:
             try:
                 message = self._said.get_nowait()
@@ -163,19 +170,25 @@ class ServerProcess:
             if self._said.empty():
                 self._exit = -signal.SIGKILL
             else:
-                return self.poll()
+                return self._poll()
         if self._exit is not None and self._kills_after is None:
             # Soon: later the counters tell of others as well.
             self._kills_after = kills()
         return self._exit
 
     def _hear(self, message: Mapping[str, object]) -> None:
+        self._ending |= bool(message.get("ended"))
         if isinstance(looked := message.get("look"), list):
             self._looked = (int(looked[0]), str(looked[1]))
         if "exit" in message:
             self._exit = int(str(message["exit"]))
         if message.get("clean") == 0:
             self._clean = True
+
+    @property
+    def ending(self) -> bool:
+        """Whether the command has ended, and only how the server did is still being asked."""
+        return self.poll() is None and self._ending
 
     def describe_exit(self) -> str:
         """Return in words how the server ended, ``running`` while it did not."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -95,7 +95,7 @@ def progress(arrived: Sequence[tuple[float, bytes]]) -> str:
     """Return how far an answer is that is given up, in words."""
     done = total = parts = 0
     lines = bool(arrived) and arrived[0][1].startswith(b"{")
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):
         for _, event in _lines(arrived) if lines else _events(arrived):
             told = event.get("prompt_progress")
             if isinstance(told, dict):
@@ -145,7 +145,7 @@ class _Chat:
     thoughts: str = ""
     content: str = ""
     stop: str | None = None
-    closing: Mapping[str, Any] | None = None
+    closing: dict[str, Any] = field(default_factory=dict)
 
     def times(self, what: str) -> tuple[float, float]:
         """Return when the first and the last token came."""
@@ -157,8 +157,8 @@ class _Chat:
 def _chat(heard: Heard, what: str) -> _Chat:
     found = _Chat()
     for when, event in _told(_events(heard.arrived), heard, what):
-        if "timings" in event or event.get("usage"):
-            found.closing = event
+        # Where both are told, it need not be by the same event.
+        found.closing |= {name: event[name] for name in ("timings", "usage") if event.get(name)}
         choices = event.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices else {}
         if not isinstance(choice, dict):
@@ -189,8 +189,6 @@ def read_chat(heard: Heard, what: str) -> Reply:
     """
     found = _chat(heard, what)
     times = found.times(what)
-    if found.closing is None:
-        raise CheckError(f"{what}: the answer holds no `timings`")
     # A chat does not say whether its context overflowed; the counts of tokens would show it.
     return _of_llama_server(
         found.closing,
@@ -215,7 +213,7 @@ def read_openai(heard: Heard, what: str) -> Reply:
     """
     found = _chat(heard, what)
     first, last = found.times(what)
-    usage = (found.closing or {}).get("usage")
+    usage = found.closing.get("usage")
     if not isinstance(usage, dict):
         raise CheckError(
             f"{what}: the answer holds no `usage`: the server must know "

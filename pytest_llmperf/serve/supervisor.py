@@ -13,8 +13,9 @@ It writes JSON lines to its standard output: ``{"pid": 123}`` at the start, ``{"
 (``PR_SET_PDEATHSIG``).
 
 AFTERMATH is for a server whose process is a client of something else, such as a container
-engine: JSON of two commands. The output of ``look`` is told as ``{"look": [code, output]}`` before
-the exit; ``clean`` is run after it, whatever ended the server, and told as ``{"clean": code}``.
+engine: JSON of two commands. The client's end is told at once as ``{"ended": true}``, the output of
+``look`` as ``{"look": [code, output]}`` before the exit; ``clean`` is run after it, whatever ended
+the server, and told as ``{"clean": code}``.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ def _end(process: subprocess.Popen[bytes], aftermath: dict[str, list[str]]) -> N
     # The group outlives its leader when the server forked.
     _signal_group(process.pid, signal.SIGKILL)
     if aftermath:
+        # The engine may take its time to tell how.
+        _say(ended=True)
         # Before anything is killed: what watches a container may be a child of ours by now.
         _say(look=_after(aftermath["look"]))
         _say(exit=process.returncode)

@@ -9,6 +9,9 @@ from xml.etree import ElementTree as ET
 import pytest
 from support.project import Project
 
+# pytest-benchmark switches itself off in a worker of xdist.
+pytestmark = pytest.mark.alone
+
 
 def test_benchmark_json_holds_the_samples(project: Project) -> None:
     """Samples are rounds in seconds a token, with case, build and verdict beside them."""

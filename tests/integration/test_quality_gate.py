@@ -38,7 +38,7 @@ budgets = { kld_mean = 0.001 }
 
 [passes.p]
 corpus = "quality.txt"
-context = 128
+context = 64
 chunks = 16
 """
 

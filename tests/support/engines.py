@@ -52,7 +52,7 @@ class FakeEngine:
         return sorted(path.stem for path in self.state.glob("*.container"))
 
     def fail(self, fault: str) -> None:
-        """Make it fail: ``start`` of a server, or ``down`` altogether."""
+        """Make it fail: ``start`` of a server, ``slow`` to tell of an end, ``down`` altogether."""
         if fault == "down":
             (self.state / "down").touch()
         else:

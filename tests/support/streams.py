@@ -47,11 +47,13 @@ class Lab:
             fault: As ``tests/fake_perplexity.py`` takes it.
             by_cache_type: What it writes where the K cache is of this type.
         """
-        command = (sys.executable, str(FAKE))
-        write_program(self.folder / name / "llama-perplexity", command)
-        server = write_program(self.folder / name / "llama-server", command)
         env = {"FAULT": fault, "STREAM": str(stream)}
         env |= {f"STREAM_{kind}": str(path) for kind, path in by_cache_type.items()}
+        # Not the build's own variables, which are conditions of what it measures.
+        own = (f"{variable}={value}" for variable, value in env.items())
+        command = ("env", *own, sys.executable, str(FAKE))
+        write_program(self.folder / name / "llama-perplexity", command)
+        server = write_program(self.folder / name / "llama-server", command)
         number = int("".join(c for c in name if c.isdigit()) or 1)
         digest = f"{number:064x}"
-        return Build(name, number, "abc", str(server), digest, (str(server),), env=env)
+        return Build(name, number, "abc", str(server), digest, (str(server),))

@@ -902,6 +902,37 @@ def test_a_failure_under_other_conditions_is_not_comparable(canned: Canned) -> N
     assert verdict.outcome is Outcome.INCOMPARABLE
 
 
+def test_where_the_memory_was_read_is_unknown_of_what_failed() -> None:
+    """So it makes no difference once the case works."""
+    found = {**FINGERPRINT, "prompt": "p", "vram": "by the log"}
+    verdict = ask(Canned("decode_tps", HUNDRED), failing(WAS), fingerprint=found)
+    assert verdict.outcome is Outcome.IMPROVED
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(60.0, Outcome.PASS), (1.0, Outcome.INCOMPARABLE)])
+def test_what_was_too_slow_is_compared_by_the_same_limit(limit: float, outcome: Outcome) -> None:
+    """A limit that nothing could keep must not make everything pass as recorded."""
+    was = failing(WAS_SLOW)
+    known: dict[str, str | int | float | bool] = {**FINGERPRINT, "limit": 60.0}
+    baseline = replace(was.baseline, fingerprints={CASE.key: known})
+    case = replace(CASE, workload=Workload("short", (Turn(64, 64),), limit=limit))
+    verdict = ask(broken(SLOW), replace(was, baseline=baseline), case=case)
+    assert verdict.outcome is outcome
+    # Memory does not run out by a limit.
+    assert ask(broken(OOM), failing(WAS), case=case).outcome is Outcome.PASS
+
+
+def test_what_works_again_is_held_against_the_oldest_baseline() -> None:
+    """It may be slower than it was before it failed."""
+    old = stored({CASE.key: {"decode_tps": entry("decode_tps", around(200.0), 200.0)}})
+    both = replace(failing(WAS), oldest=("b0", old.baseline))
+    verdict = ask(Canned("decode_tps", HUNDRED), both)
+    assert verdict.outcome is Outcome.IMPROVED
+    since = verdict.evidence["oldest"]
+    assert isinstance(since, dict)
+    assert since["change"] == pytest.approx(-0.5, abs=0.01)
+
+
 def test_side_by_side_each_build_is_tried_alone() -> None:
     """Both fail; only the baseline does; or neither does by itself, and then the error stands."""
     works = Canned("decode_tps", HUNDRED)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from support.streams import CHUNKS, SCORED, Lab, made_up
 
-from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.build import Build, ServerApi
 from pytest_llmperf.cli.verdict import again
+from pytest_llmperf.errors import RunError
 from pytest_llmperf.gate import Absent, Comparison, Record, SideBySide, Stored
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.chunks import QUALITY, pooled
@@ -575,3 +576,36 @@ def test_a_pass_without_memory_of_another_corpus_is_not_comparable(desk: Desk) -
     broken = desk.build("b2", fault="memory")
     stored = altered(failing(desk, broken), corpus="another")
     assert ask(desk.passes(broken), stored).outcome is Outcome.INCOMPARABLE
+
+
+@pytest.mark.parametrize("api", ["openai", "ollama"])
+def test_what_is_no_llama_server_is_an_error_in_one_line(desk: Desk, api: ServerApi) -> None:
+    """Alone and side by side, whichever of both it is."""
+    other = Build("other", 0, "unknown", "http://h", "", url="http://h", api=api, model="m")
+    own = desk.build("b1")
+    for passes, comparison in (
+        (desk.passes(other), Record()),
+        (desk.passes(own, other), SideBySide()),
+        (desk.passes(other, own), SideBySide()),
+    ):
+        verdict = ask(passes, comparison)
+        assert verdict.outcome is Outcome.ERROR
+        assert "does not tell its tokens and how likely each is" in verdict.reason
+        assert "\n" not in verdict.reason
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_compared_with_gets_the_gpu_too(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, *, gpu: bool
+) -> None:
+    """A container has one only where its config says so."""
+    asked: list[Config] = []
+
+    def keep(_self: Passes, _build: Build, config: Config, _one: CorpusPass) -> Path:
+        asked.append(config)
+        raise RunError("enough")
+
+    monkeypatch.setattr(Passes, "_kept_reference", keep)
+    case = replace(QUANTIZED, config=replace(QUANTIZED.config, gpu=gpu))
+    assert "enough" in ask(desk.passes(desk.build("b1")), Record(), case=case).reason
+    assert [(config.name, config.gpu) for config in asked] == [("f16", gpu)]

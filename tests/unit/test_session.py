@@ -7,16 +7,25 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.fakes import Journal, add_bench, eventually, fake_command, write_program
 from support.streams import CHUNKS, Lab, made_up
 
 from pytest_llmperf import session
-from pytest_llmperf.errors import BaselineError, BuildError, PlanError, ServerError
+from pytest_llmperf.errors import (
+    BaselineError,
+    BuildError,
+    OutOfMemoryError,
+    PlanError,
+    ServerError,
+    TooSlowError,
+)
 from pytest_llmperf.gate import Absent, Record, SideBySide, Stored
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.references import find_reference
+from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure.gpu import Gpu
 from pytest_llmperf.measure.launch import Launch
@@ -404,6 +413,24 @@ def test_what_is_recorded_is_passed_by_the_next_run(project: Project) -> None:
     assert "measured 20" in result.base.about
 
 
+def test_what_is_too_slow_is_recorded_with_its_limit(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next run knows whether it had as long."""
+    run = project.run(update=True)
+    case = case_of(run, "one", "w24")
+    assert case.workload is not None
+    case = replace(case, workload=replace(case.workload, limit=60.0))
+    campaign = run.campaign(case.config, case.tool)
+    error = TooSlowError("given up after 60 s")
+    monkeypatch.setattr(type(campaign), "_run_alone", Mock(side_effect=error))
+    result = run.gate("speed", case, {"decode_tps": None, "ttft_ms": None})
+    assert {verdict.outcome for verdict in result.verdicts} == {Outcome.RECORDED}
+    assert result.fingerprint["limit"] == 60.0
+    [written] = write_baselines(run.settings, [type(result).loads(result.dumps())])
+    assert store.load(written.path).failures == {case.key: Failure("too-slow", str(error))}
+
+
 def test_a_crash_leaves_what_was_measured_before_it_comparable(project: Project) -> None:
     """The fingerprint still tells the tokens of a workload that came before the crash."""
     run = project.run(update=True)
@@ -448,6 +475,28 @@ def test_a_fingerprint_tells_what_must_be_equal(project: Project) -> None:
     assert run.fingerprint(Case(shorter, None), launch) != alone
 
 
+def test_what_a_build_adds_is_part_of_the_fingerprint(project: Project) -> None:
+    """As its options are; a build that adds nothing says nothing of it."""
+    run = project.run()
+    launch = Launch("b1", "one", "", "", 0.0)
+    plain = run.fingerprint(case_of(run, "one"), launch)
+    assert plain.keys().isdisjoint({"env", "run"})
+    run.new = replace(run.new, env={"GGML_CUDA_DISABLE_GRAPHS": "1"})
+    told = run.fingerprint(case_of(run, "one"), launch)
+    assert told == {**plain, "env": "GGML_CUDA_DISABLE_GRAPHS=1"}
+
+
+def test_ollama_is_asked_with_options_and_they_are_told(project: Project) -> None:
+    """Of a config those that a request can set; another running server has its own."""
+    run = project.run()
+    launch = Launch("b1", "one", "", "", 0.0, model="m@5a")
+    run.new = replace(run.new, url="http://h", api="ollama", model="m")
+    asked = run.fingerprint(case_of(run, "one"), launch)
+    assert (asked["model"], asked["options"]) == ("m@5a", "num_ctx=1024 num_thread=1")
+    run.new = replace(run.new, api="openai")
+    assert run.fingerprint(case_of(run, "one"), launch)["options"] == "of the running server"
+
+
 def test_llama_bench_is_measured_by_itself(project: Project) -> None:
     """Its workloads start no server; those of the server start no llama-bench."""
     for name, number in (("new", 9001), ("fork", 9000)):
@@ -474,6 +523,8 @@ def test_a_fingerprint_of_llama_bench_minds_what_it_takes(project: Project) -> N
     case = case_of(run, "one", "d8")
     launch = Launch("b1", "one", "", "", 0.0, digests={"d8": "random"})
     found = run.fingerprint(case, launch)
+    assert found["tool"] == "llama-bench"
+    assert "tool" not in run.fingerprint(case_of(run, "one", "w24"), launch)
     wider = replace(case.config, options={**case.config.options, "ctx-size": 8, "jinja": True})
     assert run.fingerprint(replace(case, config=wider), launch) == found
     other = replace(case.config, options={**case.config.options, "cache-type-k": "q8_0"})
@@ -653,6 +704,24 @@ def test_recording_the_same_again_changes_nothing(answering: Answering) -> None:
     assert (answering.path.read_bytes(), answering.kept) == (text, kept)
 
 
+def test_no_memory_for_a_pass_does_not_wipe_recorded_answers(
+    answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its conditions are known before it is made, without tokens and reference."""
+    run = answering.run(update=True)
+    case = answering.case(run)
+    answering.record(run, case)
+    text, kept = answering.path.read_bytes(), answering.kept
+    again = answering.run(update=True)
+    error = OutOfMemoryError("no room", what="a buffer", log=None, kind="start")
+    monkeypatch.setattr(type(again.passes), "alone", Mock(side_effect=error))
+    result = again.gate("answers", case, {"ppl": None, "kld_mean": None})
+    assert {verdict.outcome for verdict in result.verdicts} == {Outcome.RECORDED}
+    with pytest.raises(BaselineError, match="under the same conditions"):
+        write_baselines(again.settings, [result])
+    assert (answering.path.read_bytes(), answering.kept) == (text, kept)
+
+
 def test_answers_of_other_options_take_the_place_of_the_old(answering: Answering) -> None:
     """The new reference stays, the old one goes."""
     run = answering.run(update=True)
@@ -794,6 +863,32 @@ def test_without_a_gpu_every_gpu_config_fails(
     with pytest.raises(BuildError, match=message):
         run.server(run.suite.configs["card"])
     assert project.journal.starts() == []
+
+
+def test_a_test_marked_gpu_makes_its_config_one(project: Project) -> None:
+    """All selected tests of the config share its launches, whichever comes first."""
+    run = project.run(update=True)
+    case = case_of(run, "one")
+    run.selected = {"one": [case, replace(case, config=replace(case.config, gpu=True))]}
+    for marked in (False, True):
+        run.gate("memory", case, {"kv_mib": None}, gpu=marked)
+    [campaign] = run._campaigns.values()
+    assert campaign.config.gpu
+    assert run.server(case.config).config.gpu
+    run.close()
+
+
+def test_without_a_gpu_a_mark_fails_its_own_test_only(project: Project) -> None:
+    """Another one of the same config goes on without."""
+    project.faults("new", "no-gpu")
+    run = project.run(update=True)
+    case = case_of(run, "one")
+    run.selected = {"one": [case, replace(case, config=replace(case.config, gpu=True))]}
+    outcomes = [
+        run.gate("memory", case, {"kv_mib": None}, gpu=marked).verdicts[0].outcome
+        for marked in (True, False)
+    ]
+    assert outcomes == [Outcome.ERROR, Outcome.RECORDED]
 
 
 def test_a_build_that_cannot_tell_its_gpus_fails_every_test(

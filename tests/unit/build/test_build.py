@@ -162,3 +162,10 @@ def test_what_a_build_does_not_know_is_left_out() -> None:
     url = "http://127.0.0.1:8080"
     build = Build("endpoint", 0, "unknown", url, "", url=url)
     assert build.describe() == "endpoint (build number unknown, http://127.0.0.1:8080)"
+
+
+def test_conditions_are_what_a_build_adds() -> None:
+    """Variables in the order of their names; where its libraries lie is none."""
+    assert BUILD.conditions == {}
+    env = {"B": "2", "LD_LIBRARY_PATH": "/opt", "A": "1"}
+    assert dataclasses.replace(BUILD, env=env).conditions == {"env": "A=1 B=2"}

@@ -82,6 +82,15 @@ def test_an_image_run_otherwise_is_another_build(tmp_path: Path, entry: BuildEnt
     assert found(engine, entry).identity != found(engine).identity
 
 
+def test_limits_are_conditions(tmp_path: Path) -> None:
+    """In either way to write them; what shows devices and folders is none, nor is the program."""
+    engine = fake_engine(tmp_path / "e")
+    run = ("--network=host", "--memory", "8g", "--device", "/dev/dri", "--cpus=2")
+    entry = replace(OWN, run=run, program="/app/other", env={"A": "b"})
+    assert found(engine, entry).conditions == {"env": "A=b", "run": "--cpus=2 --memory=8g"}
+    assert found(engine).conditions == {}
+
+
 def test_the_digest_of_the_registry_is_told(tmp_path: Path) -> None:
     """The one of the image's own name, where it has several."""
     mine = f"ghcr.io/ggml-org/llama.cpp@sha256:{'1' * 64}"

@@ -462,6 +462,28 @@ def test_a_disturbance_that_lasts_stays_with_the_block(
     assert len(lab.said) == asked
 
 
+def test_a_disturbed_launch_is_kept_where_the_next_finds_no_memory(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others hold the memory for the moment, so the config does not run out of it."""
+    monkeypatch.setattr(base, "Watch", Disturbing(10**6))
+    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
+    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.01)
+    campaign = lab.campaign((FIRST,), foreign_load=0.5)
+    opened: list[Server] = []
+
+    def once(*arguments: Any) -> Server:  # noqa: ANN401 - passed on
+        if opened:
+            raise OutOfMemoryError("no room", what="KV buffer", log=None, kind="start")
+        opened.append(start(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(servers, "start", once)
+    assert "make (pid 7)" in campaign.launch(0).disturbed
+    assert not campaign.failures
+    assert any("stays as it was: no room" in said for said in lab.said)
+
+
 def test_a_wandering_launch_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of one server that wander are told with workload and metric."""
     monkeypatch.setattr(base, "unsteady", lambda values: "they drift" if values else "")

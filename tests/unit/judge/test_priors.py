@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_llmperf.errors import BaselineError
-from pytest_llmperf.judge.priors import LONE_D0, MOST_D0, Priors, calibrated, load, path_of, save
+from pytest_llmperf.judge.priors import (
+    LONE_D0,
+    MOST_D0,
+    Priors,
+    calibrated,
+    load,
+    path_of,
+    pooled_prior,
+    save,
+)
 from pytest_llmperf.judge.statistics import Prior
+from pytest_llmperf.judge.store import Baseline, Recorded
 
 PRIOR = st.builds(Prior, st.floats(1e-4, 1), st.floats(0, 20) | st.just(math.inf))
 BY_METRIC = st.dictionaries(st.sampled_from(["decode_tps", "ttft_ms"]), PRIOR)
@@ -79,3 +89,28 @@ def test_blocks_without_turns_are_as_noisy_as_two_launches() -> None:
     assert apart.s0 == pytest.approx(0.03 * 2**0.5)
     assert apart.d0 == 6.0
     assert priors.block("ttft_ms", paired=False) is None
+
+
+def test_cases_are_pooled_with_those_of_their_program() -> None:
+    """Steady launches of llama-bench say nothing of those of a server, nor the other way round."""
+
+    def recorded(spread: float) -> dict[str, Recorded]:
+        launches = tuple((100.0 * math.exp(spread * n),) for n in (-1, 0, 1))
+        return {"decode_tps": Recorded("tok/s", "higher", launches, 100.0)}
+
+    served = {f"c/w{n}": recorded(0.1) for n in range(3)}
+    benched = {f"c/d{n}": recorded(0.001) for n in range(3)}
+    baseline = Baseline(
+        build={"label": "b1"},
+        machine={"key": "lab"},
+        recorded={"by": "measured"},
+        results={**served, **benched},
+        fingerprints={
+            **{case: {"machine": "lab"} for case in served},
+            **{case: {"machine": "lab", "tool": "llama-bench"} for case in benched},
+        },
+    )
+    for case, spread in (("c/w0", 0.1), ("c/d0", 0.001)):
+        prior = pooled_prior(baseline, case, "decode_tps")
+        assert prior is not None
+        assert prior.s0 == pytest.approx(spread, rel=0.5)

@@ -708,6 +708,28 @@ def test_a_failure_does_not_wipe_what_was_measured_alike(path: Path) -> None:
     assert path.read_text("utf-8") == before
 
 
+def test_what_only_answers_tell_is_not_of_the_conditions(path: Path) -> None:
+    """Where the GPU memory was read, tokens, a reference: unknown of a case that failed."""
+    told = {**PRINT, "vram": "by the log", "tokens": 128, "reference": "ab"}
+    record(path, {CASE: Measured(told, {"decode_tps": ONE})})
+    before = path.read_text("utf-8")
+    with pytest.raises(BaselineError, match="under the same conditions"):
+        record(path, oom())
+    assert path.read_text("utf-8") == before
+
+
+def test_a_limit_is_of_the_conditions_of_what_was_too_slow(path: Path) -> None:
+    """Another one is recorded anew; launches stay, whatever the limit was."""
+    slow = Failure("too-slow", "given up")
+    record(path, {CASE: Measured({**PRINT, "limit": 60.0}, {}, slow)})
+    assert record(path, {CASE: Measured({**PRINT, "limit": 60.0}, {}, slow)}) == []
+    assert len(record(path, {CASE: Measured({**PRINT, "limit": 90.0}, {}, slow)})) == 1
+    assert load(path).fingerprints[CASE]["limit"] == 90.0
+    record(path, speed(ONE))
+    with pytest.raises(BaselineError, match="it is too slow"):
+        record(path, {CASE: Measured({**PRINT, "limit": 60.0}, {}, slow)})
+
+
 @pytest.mark.parametrize(
     ("failures", "message"),
     [

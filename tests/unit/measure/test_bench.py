@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def test_out_of_memory_is_told_as_such(lab: Lab) -> None:
     for error in done.failures.values():
         assert isinstance(error, OutOfMemoryError)
         assert error.what == "CPU context buffer"
+        told = r"out of memory: CPU context buffer .* MiB were free on the host"
+        assert re.match(told, str(error))
         assert "leave out what is as deep" in str(error)
     assert lab.depths() == ["0,100,300", "100", "100", "300", "300"]
 

@@ -616,3 +616,18 @@ def test_a_process_tree_is_a_process_and_its_descendants() -> None:
         pass
     assert process_tree(gone.pid) == []
     assert rss_mib([gone]) == 0
+
+
+def test_the_log_tells_the_gpu_memory_of_a_process_that_cannot_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a container whose engine is in another machine; what its process holds is not known."""
+    told = read_log("I load_tensors: CUDA0 model buffer size = 6.50 MiB")
+    monkeypatch.setattr(module, "read_log", lambda _text: told)
+    with fake_server(tmp_path) as server:
+        monkeypatch.setattr(type(server), "pid", None)
+        session = Session(server, list(range(600)))
+        session.settle()
+    assert session.launch.samples[LAUNCH]["vram_mib"] == [6.5]
+    assert session.launch.vram_by_log
+    assert "rss_mib" not in session.launch.samples[LAUNCH]

@@ -95,6 +95,28 @@ def test_a_digest_is_short_and_stays_the_same() -> None:
     assert Workload("short", (Turn(64, 64),), parallel=1).digest() == "e9f555ddd3b85996"
 
 
+def test_a_limit_is_not_part_of_the_digest() -> None:
+    """How long a sample may take changes nothing of one that took less."""
+    assert Workload("a", (Turn(64, 64),), limit=9.0).digest() == "e9f555ddd3b85996"
+
+
+def test_all_that_changes_the_work_is_part_of_the_digest() -> None:
+    """Each by itself; a template's own way is another than either switch."""
+    plain = (Turn(64, 64),)
+    told = [
+        Workload("a", plain),
+        Workload("a", (Turn(64, 64, 8),)),
+        Workload("a", plain, parallel=2),
+        Workload("a", plain, tool="llama-bench"),
+        Workload("a", plain, api="chat"),
+        Workload("a", plain, api="chat", thinking=True),
+        Workload("a", plain, api="chat", thinking=False),
+        Workload("a", plain, api="chat", image=224),
+        Workload("a", plain, api="chat", image=448),
+    ]
+    assert len({one.digest() for one in told}) == len(told)
+
+
 @given(TURNS, st.integers(1, 64), st.integers(1, 64))
 def test_requests_at_once_are_part_of_the_digest(turns: list[Turn], one: int, other: int) -> None:
     """Four users at once and eight are not comparable, whatever the lengths."""

@@ -140,6 +140,42 @@ def test_requests_at_once_are_read(tmp_path: Path) -> None:
     assert (suite.workloads["a"].parallel, suite.workloads["b"].parallel) == (1, 4)
 
 
+@pytest.mark.parametrize(
+    ("turn", "keys", "read"),
+    [
+        ("", "", {}),
+        (", depth = 32768", "limit = 600", {"turns": (Turn(8, 4, 32768),), "limit": 600.0}),
+        ("", "limit = 0.5", {"limit": 0.5}),
+        (", depth = 0", 'tool = "llama-bench"', {"tool": "llama-bench"}),
+        (", depth = 9", 'tool = "llama-bench"', {"tool": "llama-bench", "turns": (Turn(8, 4, 9),)}),
+        (", depth = 9", "parallel = 2", {"turns": (Turn(8, 4, 9),), "parallel": 2}),
+        ("", 'tool = "llama-server"\napi = "completion"', {}),
+        ("", 'api = "chat"', {"api": "chat"}),
+        ("", 'api = "chat"\nthinking = true', {"api": "chat", "thinking": True}),
+        ("", 'api = "chat"\nthinking = false', {"api": "chat", "thinking": False}),
+        ("", 'api = "chat"\nimage = 224', {"api": "chat", "image": 224}),
+        ("", 'api = "chat"\nparallel = 2', {"api": "chat", "parallel": 2}),
+    ],
+)
+def test_how_a_workload_is_asked_is_read(
+    tmp_path: Path, turn: str, keys: str, read: dict[str, object]
+) -> None:
+    """Each key, and those that go together; what is left out has its default."""
+    text = f"[workloads.w]\nturns = [{{ prompt = 8, generate = 4{turn} }}]\n{keys}\n"
+    values: dict[str, object] = {"name": "w", "turns": (Turn(8, 4),), **read}
+    assert load(tmp_path, text).workloads["w"] == Workload(**values)  # type: ignore[arg-type]  # names of fields
+
+
+def test_a_model_that_drafts_is_read_inherited_and_taken_back(tmp_path: Path) -> None:
+    """It is a name in ``[models]``, like the model that it drafts for."""
+    text = (
+        f"{MODEL}[models.small]\nfile = 'small.gguf'\n[configs.a]\nmodel = 'tiny'\n"
+        "draft = 'small'\n[configs.b]\nextends = 'a'\n[configs.c]\nextends = 'a'\ndraft = ''\n"
+    )
+    configs = load(tmp_path, text).configs
+    assert [configs[name].draft for name in "abc"] == ["small", "small", ""]
+
+
 def test_a_pass_is_read(tmp_path: Path) -> None:
     """All that it says becomes one frozen value."""
     suite = load(
@@ -429,6 +465,9 @@ CONFIG = MODEL + '[configs.c]\nmodel = "tiny"\n'
 WORKLOAD = "[workloads.w]\nturns = "
 CORPUS = "[passes.p]\ncorpus = 'a.txt'\n"
 BUDGET = CONFIG + "[configs.c.budgets]\n"
+ASKED = WORKLOAD + "[{ prompt = 1, generate = 2 }]\n"
+EYES = MODEL + "[models.eyes]\nsynth = { preset = 'vision-tiny' }\n"
+NEITHER = "1: llama-bench takes one turn of `depth`, `prompt` and `generate`, and nothing else"
 
 
 @pytest.mark.parametrize(
@@ -492,6 +531,20 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
             "[models.m.synth]\npreset = 'llama-1b'\nheads = 4\n",
             "3: unknown key `heads` in [models.m.synth]",
         ),
+        ("[models.m]\nfile = 'a'\nprojector = 1\n", "3: `projector` must be a string, not 1"),
+        (
+            EYES + "[models.m]\nfile = 'a'\nprojector = 'eye'\n",
+            "7: model `m` has the projector `eye`, which is no model (nearest: eyes): give its",
+        ),
+        (
+            MODEL + "projector = 'tiny'\n",
+            "3: model `tiny` is its own projector: name the model that makes tokens of images",
+        ),
+        (
+            MODEL + "[models.m]\nfile = 'a'\nprojector = 'tiny'\n",
+            "5: projector `tiny` of model `m` is a text model: name a model of the preset vision-",
+        ),
+        (EYES + "projector = 'tiny'\n", "5: model `eyes` is a projector itself: name a projector"),
         # builds
         ("[builds.b]\nsrc = 'x'\n", "2: unknown key `src` in [builds.b]"),
         ("[builds.b]\nhelp = 'x'\n", '1: lacks `source`, such as source = "pypi:xllamacpp=='),
@@ -526,6 +579,21 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
             CONFIG + "extends = 'd'\n[configs.d]\nextends = 'c'\n",
             "7: extends itself by way of c -> d -> c",
         ),
+        (CONFIG + "draft = 1\n", "5: `draft` must be a string, not 1"),
+        (CONFIG + "draft = 'tini'\n", "5: no model `tini` (nearest: tiny): there are tiny"),
+        (
+            EYES + "[configs.c]\nmodel = 'eyes'\n",
+            "6: `eyes` is a projector, which no server runs by itself: name it in the key `proj",
+        ),
+        (EYES + "[configs.c]\nmodel = 'tiny'\ndraft = 'eyes'\n", "7: `eyes` is a projector, which"),
+        (
+            CONFIG + "[configs.c.options]\nmodel-draft = 'a.gguf'\n",
+            "6: `model-draft` is not for a config: name it in [models], and in the config's key `d",
+        ),
+        (
+            CONFIG + "[configs.c.options]\nmmproj = 'a.gguf'\n",
+            "6: `mmproj` is not for a config: name it in [models], and in the key `projector` of",
+        ),
         # workloads
         ("[workloads.w]\nturn = []\n", "2: unknown key `turn` in [workloads.w] (nearest: turns)"),
         ("[workloads.w]\nhelp = 'x'\n", "1: lacks `turns`, such as [{ prompt = 64, generate = 64"),
@@ -557,6 +625,47 @@ BUDGET = CONFIG + "[configs.c.budgets]\n"
         (
             "[workloads.launch]\nturns = [{ prompt = 1, generate = 2 }]\n",
             "1: `launch` is taken: it stands for what a start alone shows",
+        ),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2, depth = -1 }]\n",
+            "2: `depth` must be a whole number of tokens, at least 0, not -1",
+        ),
+        (WORKLOAD + "[{ prompt = 1, generate = 2, depth = true }]\n", "2: `depth` must be a whole"),
+        (WORKLOAD + "[{ prompt = 1, generate = 2, depth = 1.5 }]\n", "2: `depth` must be a whole"),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2, depth = 8 }, { prompt = 1, generate = 2 }]\n",
+            "1: has `depth` among several turns: it goes with a single one",
+        ),
+        (ASKED + "limit = 0\n", "3: `limit` must be a number of seconds above 0, not 0"),
+        (ASKED + "limit = -1\n", "3: `limit` must be a number of seconds above 0, not -1"),
+        (ASKED + "limit = inf\n", "3: `limit` must be a number of seconds above 0, not inf"),
+        (ASKED + "limit = nan\n", "3: `limit` must be a number of seconds above 0, not nan"),
+        (ASKED + "limit = true\n", "3: `limit` must be a number of seconds above 0, not True"),
+        (ASKED + "limit = '9 s'\n", "3: `limit` must be a number of seconds above 0, not '9 s'"),
+        (ASKED + "api = 'chats'\n", "3: `api` must be one of completion, chat, not 'chats'"),
+        (ASKED + "api = 1\n", "3: `api` must be a string, not 1"),
+        (ASKED + "tool = 'bench'\n", "3: `tool` must be one of llama-server, llama-bench, not 'b"),
+        (ASKED + "tool = true\n", "3: `tool` must be a string, not True"),
+        (ASKED + "api = 'chat'\nthinking = 'on'\n", "4: `thinking` must be true or false, not 'on"),
+        (ASKED + "api = 'chat'\nimage = 0\n", "4: `image` must be a whole number of pixels, at le"),
+        (
+            ASKED + "api = 'chat'\nimage = '9x9'\n",
+            "4: `image` must be a whole number of pixels, at",
+        ),
+        (ASKED + "thinking = false\n", '1: `thinking` is for the chat template: set api = "chat"'),
+        (ASKED + "image = 64\n", '1: `image` goes with a message: set api = "chat"'),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2, depth = 8 }]\napi = 'chat'\n",
+            "1: `depth` is counted in tokens before a prompt of tokens: leave `api` out",
+        ),
+        (ASKED + "tool = 'llama-bench'\napi = 'chat'\n", NEITHER),
+        (ASKED + "tool = 'llama-bench'\nthinking = true\n", NEITHER),
+        (ASKED + "tool = 'llama-bench'\nimage = 64\n", NEITHER),
+        (ASKED + "tool = 'llama-bench'\nparallel = 2\n", NEITHER),
+        (
+            WORKLOAD + "[{ prompt = 1, generate = 2 }, { prompt = 1, generate = 2 }]\n"
+            "tool = 'llama-bench'\n",
+            NEITHER,
         ),
         # passes
         (

@@ -18,8 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pytest_llmperf.build.build import Build
-from pytest_llmperf.errors import BuildError, CheckError, PlanError, ServerError, ToolError
+from pytest_llmperf.build.build import Build, ServerApi
+from pytest_llmperf.errors import (
+    BuildError,
+    CheckError,
+    OutOfMemoryError,
+    PlanError,
+    ServerError,
+    ToolError,
+)
 from pytest_llmperf.plan.config import Config, ModelFiles
 from pytest_llmperf.quality import probe
 from pytest_llmperf.quality.logits import LogitsReader, pack_rows
@@ -299,6 +306,19 @@ def test_a_running_server_is_taken_as_it_is(lab: Lab) -> None:
     assert lab.configs == [CONFIG]
 
 
+@pytest.mark.parametrize(
+    ("api", "kind"), [("openai", "an OpenAI-compatible endpoint"), ("ollama", "Ollama")]
+)
+def test_another_api_than_llama_servers_is_refused(lab: Lab, api: ServerApi, kind: str) -> None:
+    """In one line, with what is missing; it is not even asked."""
+    with pytest.raises(BuildError) as caught:
+        lab.run(build=replace(BUILD, url="http://fake", api=api))
+    assert str(caught.value).startswith(f"build b1 is {kind}, which does not tell its tokens and")
+    assert '-m "not quality"' in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert lab.configs == []
+
+
 def test_a_running_server_without_room_is_an_error(lab: Lab) -> None:
     """Before anything is asked, and with what mends it."""
     lab.n_ctx = CONTEXT
@@ -334,6 +354,20 @@ def test_a_server_that_dies_on_the_way_leaves_a_partial_pass(lab: Lab) -> None:
     expected = nlls(scored())[: 2 * SCORED]
     assert found.value == found.running[-1] == pytest.approx(math.exp(np.mean(expected)))
     assert (len(found.running), found.planned, found.error) == (2, 3, None)
+
+
+def test_memory_that_runs_out_stays_an_outcome_of_its_own(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be recorded, so it must not come out as any failure of a server."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("out of memory: no", what="CUDA0 buffer", log=None, kind="crashed")
+
+    monkeypatch.setattr(Client, "_broken", broken)
+    lab.breaks_at = 1
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory: no$"):
+        lab.run()
 
 
 def read_all(stream: BinaryIO) -> None:

@@ -16,6 +16,8 @@ WORKLOADS = {
     "bench_4k": Workload("bench_4k", (Turn(512, 128, 4096),), tool="llama-bench"),
     "parallel": Workload("parallel", TURN, parallel=4),
     "talk": Workload("talk", (*TURN, *TURN)),
+    "chat": Workload("chat", (Turn(512, 128),), api="chat"),
+    "bench_0": Workload("bench_0", (Turn(512, 128),), tool="llama-bench"),
 }
 
 
@@ -33,6 +35,12 @@ def test_both_programs_stand_side_by_side(result: Result) -> None:
         ["config", "metric", "depth", "llama-server", "llama-bench", "ratio"],
         ["c7", "decode_tps", "8192", "45", "50", "0.900"],
     ]
+
+
+def test_a_chat_is_not_what_llama_bench_does(result: Result) -> None:
+    """Its template adds tokens to the same lengths."""
+    both = [measured(result, "c7/chat", 45.0), measured(result, "c7/bench_0", 50.0)]
+    assert depth_lines(both, WORKLOADS) == []
 
 
 def test_nothing_is_shown_of_one_program_alone(result: Result, verdict: Verdict) -> None:

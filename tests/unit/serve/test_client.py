@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -428,3 +429,19 @@ def test_several_that_take_too_long_are_given_up_together(tmp_path: Path) -> Non
         with pytest.raises(TooSlowError, match=r"^request [012]: too slow"):
             server.client.ask(asks, Limit.of(0.5))
         assert not [one for one in threading.enumerate() if one.name.startswith("slot ")]
+
+
+def test_what_cannot_be_sent_within_the_limit_is_too_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt takes its time on the way to the server as well."""
+
+    def stream(*_: object, **__: object) -> None:
+        raise httpx.WriteTimeout("timed out")
+
+    with fake_server(tmp_path) as server:
+        monkeypatch.setattr(server.client._http, "stream", stream)
+        with pytest.raises(TooSlowError, match=r"after the 0\.1 s"):
+            server.client.prime([1, 2, 3], "the primer", limit=Limit(0.1, at=0.0))
+        with pytest.raises(ServerError, match="the connection broke"):
+            server.client.prime([1, 2, 3], "the primer", limit=Limit.of(60))

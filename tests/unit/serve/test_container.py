@@ -25,6 +25,7 @@ from pytest_llmperf.errors import BuildError, ModelError, ServerError
 from pytest_llmperf.measure.host import _ours
 from pytest_llmperf.plan.config import BuildEntry, ModelFiles
 from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve import launch
 from pytest_llmperf.serve.container import box, check_signals, how_it_ended
 from pytest_llmperf.serve.launch import ServePlan, Server, start
 
@@ -125,6 +126,17 @@ def test_files_that_options_name_are_shown_too(tmp_path: Path) -> None:
         "api-prefix": "/v1",
         "threads": 2,
     }
+
+
+def test_a_file_is_found_however_its_path_is_spelt(tmp_path: Path) -> None:
+    """It is shown once, and each way to write it is told where it is."""
+    for name in ("m.gguf", "lora.gguf", "key"):
+        (tmp_path / name).touch()
+    spelt = (f"{tmp_path}//lora.gguf", f"{tmp_path}/./lora.gguf", str(tmp_path / "lora.gguf"))
+    options: dict[str, OptionValue] = {"lora": spelt, "chat-template": "/" + "x" * 300}
+    boxed = box(DOCKER, ModelFiles(tmp_path / "m.gguf"), options, tmp_path / "key", gpu=False)
+    assert boxed.options(options) == {**options, "lora": ("/models/0/lora.gguf",) * 3}
+    assert boxed.command.count("--mount") == 3
 
 
 @pytest.mark.parametrize(
@@ -263,6 +275,22 @@ def test_a_server_that_dies_is_told_by_its_containers_state(tmp_path: Path) -> N
         assert eventually(lambda: not server.alive())
         with pytest.raises(ServerError, match=r"killed by SIGSEGV \(exit 139\)"):
             server.client.get("/props")
+
+
+def test_a_death_is_told_however_long_the_engine_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next request would find a dead server, and be blamed for it."""
+    monkeypatch.setattr(launch, "_DEATH", 0.5)
+    engine = fake_engine(tmp_path / "e")
+    with started(engine, tmp_path) as server:
+        engine.fail("slow")
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSEGV)
+        with pytest.raises(ServerError, match=r"killed by SIGSEGV \(exit 139\)") as caught:
+            server.client.get("/props")
+        assert caught.value.kind == "crashed"
+        assert not server.alive()
 
 
 def test_a_removed_container_is_told(tmp_path: Path) -> None:

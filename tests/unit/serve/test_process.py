@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -222,3 +224,19 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, journal: Journal, how:
     assert goes(server)
     assert goes(child)
     assert goes(supervisor)
+
+
+def test_many_may_ask_at_once_how_it_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As parallel requests do; all hear the same, even if one of them is slow to take it in."""
+    process = start("sh", "-c", "exit 3")
+    process._supervisor.wait()
+    process._listener.join()
+    hear = process._hear
+
+    def slowly(message: Mapping[str, object]) -> None:
+        time.sleep(0.2)
+        hear(message)
+
+    monkeypatch.setattr(process, "_hear", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: process.poll(), range(4))) == {3}

@@ -96,6 +96,14 @@ def test_timings_may_come_with_the_end_itself() -> None:
     assert (reply.stop_type, reply.ttft_ms, reply.last_ms) == ("eos", 1000.0, 2000.0)
 
 
+@pytest.mark.parametrize("reader", [read_chat, read_openai])
+def test_timings_and_counts_may_come_apart(reader: Reader) -> None:
+    """In either order; what an event leaves empty takes nothing away."""
+    told = [event(choices=[], timings=TIMINGS, usage=None), event(choices=[], usage=USAGE)]
+    for ends in (told, told[::-1]):
+        assert read(reader, delta(content="yes"), over(), *ends).predicted_n == 4
+
+
 def test_a_client_measures_what_the_server_does_not_tell() -> None:
     """The prompt's time is that to the first token, the tokens' that from the first to the last."""
     begin, end = delta(role="assistant"), event(choices=[], usage=USAGE)
