@@ -1,12 +1,14 @@
 """Any GPU without any weights: synthetic models of real shapes.
 
-The first run writes them into the cache folder: 1.3, 4.5, 17 and 20 GB.
+The first run writes them into the cache folder: 1.3, 4.5, 17 and three times 20 GB.
 """
 
 import pytest
 
 DENSE = ["synth-1b", "synth-8b", "synth-8b-kv-q8", "synth-8b-k-q8"]
 MOE = ["synth-moe", "synth-qwen35"]
+# One model in the types that people compare.
+QUANTS = ["synth-qwen35-q4_k_m", "synth-qwen35-mxfp4"]
 # Experts in the CPU's memory, by hand and by --fit.
 OFFLOADED = ["synth-moe-cpu16", "synth-moe-exps-cpu", "synth-moe-fit", "synth-qwen35-cpu24"]
 DRAFTING = ["gpu-ngram", "gpu-draft"]
@@ -24,6 +26,14 @@ def test_decode(speed):
 @pytest.mark.llmperf(configs=OFFLOADED, workloads=["short", "long"])
 def test_decode_offloaded(speed):
     """The same where the CPU does a part of the work."""
+    speed.gate("decode_tps", "prefill_tps", "ttft_ms")
+
+
+@pytest.mark.gpu
+@pytest.mark.long_running
+@pytest.mark.llmperf(configs=QUANTS, workloads=["short", "long"])
+def test_decode_of_quants(speed):
+    """Each type of weights has kernels of its own, and each its own regressions."""
     speed.gate("decode_tps", "prefill_tps", "ttft_ms")
 
 

@@ -31,6 +31,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1149,6 +1150,8 @@ def load_wheel(folder: str | None) -> ModuleType:
 
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
+# How long the last lines of the log are waited for, and how long it is quiet when they are there.
+_LOG_S, _LOG_LOOK_S = 2.0, 0.15
 
 _SIGNAL_SET = 128
 """Bytes of a set of signals on Linux, more than elsewhere; zeros are the empty one."""
@@ -1168,6 +1171,7 @@ def serve(wheel: Wheel) -> int:
         server = wheel.module.Server(wheel.params)
         _running.append(server)
     except (RuntimeError, ValueError) as error:
+        _let_log_end()
         _say(f"main: error: the server did not start, the log above says why: {error}\n")
         return 1
     for number in _STOP:
@@ -1177,6 +1181,17 @@ def serve(wheel: Wheel) -> int:
     os.read(woken, 1)
     _say("main: told to stop, exiting\n")
     return 0
+
+
+def _let_log_end() -> None:
+    """Wait until nothing more is logged: the library writes from a thread that no end waits for.
+
+    Its last lines are those that say why it failed.
+    """
+    deadline, seen = time.monotonic() + _LOG_S, -1
+    while (size := os.fstat(sys.stderr.fileno()).st_size) != seen and time.monotonic() < deadline:
+        seen = size
+        time.sleep(_LOG_LOOK_S)
 
 
 def _watch_signals() -> int:

@@ -443,3 +443,26 @@ def test_the_folder_of_the_wheel_needs_a_value(capsys: pytest.CaptureFixture[str
     """``--llmperf-wheel`` alone is an error."""
     assert embedded_server.main(["--llmperf-wheel"]) == 1
     assert "needs a value" in capsys.readouterr().err
+
+
+LATE = """
+import os, runpy, threading, time
+end = runpy.run_path({program!r}, run_name="a test")["_let_log_end"]
+def write():
+    for number in range(4):
+        time.sleep(0.05)
+        os.write(2, b"line %d\\n" % number)
+threading.Thread(target=write, daemon=True).start()
+end()
+os._exit(1)
+"""
+
+
+def test_a_log_that_is_still_written_is_waited_for(tmp_path: Path) -> None:
+    """The library logs from a thread of its own, and its last lines say why a start failed."""
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        code = LATE.format(program=embedded_server.__file__)
+        done = subprocess.run([sys.executable, "-c", code], stderr=stderr, check=False)
+    assert done.returncode == 1
+    assert log.read_text("utf-8").splitlines()[-1] == "line 3"
