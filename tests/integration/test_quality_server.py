@@ -143,7 +143,9 @@ def test_both_paths_agree(
     assert summary.kld.value < most
     assert summary.ppl_ratio.value == pytest.approx(1, abs=1e-3)
     assert summary.same_top.value > 0.99
-    assert server.found.running == pytest.approx(tool.found.running, rel=1e-3)
+    # The tool loses its last lines now and then (docs/llama-cpp.md); what it scored is whole.
+    told = tool.found.running
+    assert server.found.running[: len(told)] == pytest.approx(told, rel=1e-3)
     if tool.found.error is not None:
         assert server.found.value == pytest.approx(tool.found.value, rel=1e-3)
         assert server.found.error == pytest.approx(tool.found.error, rel=1e-2)
@@ -173,4 +175,5 @@ def test_both_paths_agree_on_such_tokens(
     summary = server.against(tool)
     assert summary.kld.value < 2e-5
     assert summary.same_top.value > 0.99
-    assert server.found.running == pytest.approx(tool.found.running, rel=5e-3)
+    told = tool.found.running
+    assert server.found.running[: len(told)] == pytest.approx(told, rel=5e-3)
