@@ -113,11 +113,6 @@ def require_memory(
     """
     with suppress(OSError):
         weights = weights_mib(files)
-        try:
-            cards = devices_of(build)
-        except BuildError:
-            # Whoever starts it will be told; nothing is known of its GPUs.
-            return
         memory = psutil.virtual_memory()
         mapped = is_mapped(options)
         host = float(memory.total if mapped else memory.available) / _MIB
@@ -125,6 +120,14 @@ def require_memory(
             host += float(psutil.swap_memory().free) / _MIB
         if limit := kills().limit_mib:
             host = min(host, limit)
+        # A program has to start to tell of its GPUs, before every unit: only where it matters.
+        if weights <= host:
+            return
+        try:
+            cards = devices_of(build)
+        except BuildError:
+            # Whoever starts it will be told; nothing is known of its GPUs.
+            return
         card = float(sum(one.total_mib if mapped else one.free_mib for one in cards))
         if weights > host + card:
             there = "has" if mapped else "has free"

@@ -141,12 +141,7 @@ def inspect(image: Image, name: str) -> dict[str, Any]:
 
 def long_run(project: Project, *arguments: str) -> subprocess.Popen[str]:
     """Start a run whose one request takes its time."""
-    suite = project.path / "suites" / "llmperf.toml"
-    suite.write_text(
-        suite.read_text("utf-8").replace("ctx-size = 512", "ctx-size = 16384")
-        + "\n[workloads.long]\nturns = [{ prompt = 4000, generate = 8000 }]\n",
-        "utf-8",
-    )
+    project.lengthen()
     project.write("test_suite.py", LONG)
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", *arguments],

@@ -34,12 +34,7 @@ def _servers(project: Project) -> list[str]:
 
 
 def _start(project: Project, *arguments: str) -> subprocess.Popen[bytes]:
-    suite = project.path / "suites" / "llmperf.toml"
-    suite.write_text(
-        suite.read_text("utf-8").replace("ctx-size = 512", "ctx-size = 16384")
-        + "\n[workloads.long]\nturns = [{ prompt = 4000, generate = 8000 }]\n",
-        "utf-8",
-    )
+    project.lengthen()
     project.write("test_suite.py", MODULE)
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", *arguments],

@@ -89,6 +89,15 @@ class Project:
         path.write_text(textwrap.dedent(text), "utf-8")
         return path
 
+    def lengthen(self) -> None:
+        """Add the workload ``long``, whose one request takes its time, and room for it."""
+        suite = self.path / "suites" / "llmperf.toml"
+        suite.write_text(
+            suite.read_text("utf-8").replace("ctx-size = 512", "ctx-size = 16384")
+            + "\n[workloads.long]\nturns = [{ prompt = 4000, generate = 8000 }]\n",
+            "utf-8",
+        )
+
     def run(self, *arguments: str, report: bool = True) -> Outcome:
         """Run pytest in a process of its own, with a report so that results can be read."""
         extra = ["--llmperf-report=report"] if report else []

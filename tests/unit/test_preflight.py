@@ -131,6 +131,24 @@ def test_weights_that_cannot_fit_are_refused(
         require_memory("c7", BUILD, files, options)
 
 
+def test_gpus_are_asked_for_only_where_they_matter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It takes a start of the build's program, before every launch."""
+    have(monkeypatch, total=1000)
+    asked: list[Build] = []
+
+    def ask(build: Build) -> tuple[Device, ...]:
+        asked.append(build)
+        return (CARD,)
+
+    monkeypatch.setattr(preflight, "devices_of", ask)
+    require_memory("c7", BUILD, model(tmp_path, 1000), {})
+    assert not asked
+    require_memory("c7", BUILD, model(tmp_path, 1001), {})
+    assert asked == [BUILD]
+
+
 def test_what_cannot_be_asked_is_not_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

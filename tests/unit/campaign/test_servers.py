@@ -432,6 +432,14 @@ class Disturbing:
         return Load(1.5 if self.times >= 0 else 0.0, "make (pid 7) 1.5 of them", 0)
 
 
+def restless(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> ServerCampaign:
+    """Return a campaign on a machine that is never quiet."""
+    monkeypatch.setattr(base, "Watch", Disturbing(10**6))
+    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
+    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.01)
+    return lab.campaign((FIRST,), foreign_load=0.5)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_disturbed_launch_is_measured_again(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, *, alone: bool
@@ -451,10 +459,7 @@ def test_a_disturbance_that_lasts_stays_with_the_block(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a few tries the block is kept and says what disturbed it; no test tries again."""
-    monkeypatch.setattr(base, "Watch", Disturbing(10**6))
-    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
-    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.01)
-    campaign = lab.campaign((FIRST,), foreign_load=0.5)
+    campaign = restless(lab, monkeypatch)
     block = campaign.block(0)
     assert "make (pid 7)" in block.disturbed
     asked = len(lab.said)
@@ -466,10 +471,7 @@ def test_a_disturbed_launch_is_kept_where_the_next_finds_no_memory(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others hold the memory for the moment, so the config does not run out of it."""
-    monkeypatch.setattr(base, "Watch", Disturbing(10**6))
-    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.0)
-    monkeypatch.setattr(base, "_QUIET_WAIT_S", 0.01)
-    campaign = lab.campaign((FIRST,), foreign_load=0.5)
+    campaign = restless(lab, monkeypatch)
     opened: list[Server] = []
 
     def once(*arguments: Any) -> Server:  # noqa: ANN401 - passed on
