@@ -95,6 +95,10 @@ class OutOfMemoryError(ServerError):
         super().__init__(message, log=log, kind=kind)
 
 
+class LeakError(RunError):
+    """A program that ended and left memory of a GPU taken."""
+
+
 class ToolError(RunError):
     """A program of llama.cpp, such as llama-perplexity, that did not do its work."""
 

@@ -1,10 +1,11 @@
-"""Files that are replaced as a whole, and names that start with a tilde."""
+"""Files that are replaced as a whole, names that start with a tilde, and names of run folders."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -45,3 +46,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # makes the rename itself last
     finally:
         os.close(folder)
+
+
+def run_name() -> str:
+    """Return a name for the folder of this process's run; it tells whether that still goes on."""
+    return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

@@ -17,6 +17,7 @@ from pytest_llmperf.errors import (
     TooSlowError,
     UnmeasuredError,
 )
+from pytest_llmperf.gpu.nvml import status
 from pytest_llmperf.judge._common import finding
 from pytest_llmperf.judge.decide import (
     compare_exact,
@@ -114,8 +115,12 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
         )
     values = launch.samples.get(name, {}).get(metric.name)
     if not values:
+        nvml = f" ({reason})" if (reason := status().reason) else ""
         hints = {
-            "vram_mib": "neither NVML nor the log tells of GPU memory of the server",
+            "vram_mib": f"neither NVML nor the log tells of GPU memory of the server{nvml}",
+            "vram_peak_mib": f"NVML does not tell of GPU memory of the server{nvml}",
+            "tokens_per_joule": f"NVML tells no energy of its GPUs{nvml}; MIG instances and old "
+            "cards have no counter",
             "offloaded_layers": "the log does not say; a build for the CPU offloads none",
             "load_ms": "a running server was not started by us",
             "rss_mib": "a running server's processes are not ours to look at",
@@ -490,7 +495,7 @@ def unmeasured(metric: Metric, error: LlmperfError) -> Verdict:
 
 def no_launch() -> Launch:
     """Return what stands for the launch of a case that could not be measured: it holds nothing."""
-    return Launch("", "", command="", log="", started=0.0)
+    return Launch("", "", command="", log="")
 
 
 def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:

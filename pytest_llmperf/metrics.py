@@ -79,6 +79,14 @@ METRICS: dict[str, Metric] = {
             1.0,
             "drafted tokens that were accepted",
         ),
+        # The counter moves in steps of a tenth of a second, and the card's temperature counts too.
+        _timing(
+            "tokens_per_joule",
+            "tok/J",
+            "higher",
+            0.10,
+            "generated tokens / energy of the GPUs while they were asked for, prompts included",
+        ),
         Metric("load_ms", "ms", "lower", "timing", "launch", 0.25, 50.0, "process start to ready"),
         Metric(
             "rss_mib",
@@ -98,7 +106,17 @@ METRICS: dict[str, Metric] = {
             "launch",
             0.02,
             64.0,
-            "GPU memory of the server, all GPUs",
+            "GPU memory of the server once it is warm, all GPUs",
+        ),
+        Metric(
+            "vram_peak_mib",
+            "MiB",
+            "lower",
+            "memory",
+            "launch",
+            0.02,
+            64.0,
+            "most GPU memory of the server at a time, sampled from its start to its end",
         ),
         _exact("model_mib", "MiB", "lower", 1.0, "model buffers, from the log"),
         _exact("kv_mib", "MiB", "lower", 1.0, "KV and recurrent-state buffers, from the log"),

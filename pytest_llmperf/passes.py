@@ -30,7 +30,7 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.tools import PERPLEXITY, tool_of
 from pytest_llmperf.errors import BaselineError, LlmperfError, ModelError, RunError
 from pytest_llmperf.files import expanded
-from pytest_llmperf.measuring import measuring
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.metrics import FEWEST_CHUNKS
 from pytest_llmperf.models.locate import sha256
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
@@ -47,7 +47,7 @@ from pytest_llmperf.quality.reference import (
 )
 from pytest_llmperf.quality.side import Side, Way, has_tool
 from pytest_llmperf.quality.values import Chunks, all_figures, base_values, chunk_values
-from pytest_llmperf.serve.launch import ServePlan
+from pytest_llmperf.serve.launch import ServePlan, needs
 
 _T = TypeVar("_T")
 
@@ -112,9 +112,9 @@ class Passes:
         configs: All configs of the suite file, by name.
         model: Finds a config's model file.
         corpus: Finds a pass's text.
-        serve: Run folder, limits and progress.
+        serve: Run folder, limits and progress; while a corpus is passed, also the GPUs.
         cache: Cache folder: references and hashes.
-        lock: Lock file that keeps other measuring on this machine away.
+        leases: Keeps other measuring away from its GPUs, or from the whole machine.
         suite_folder: Folder that relative names of references start from.
         limit: Most seconds that a pass may be expected to take.
         machine: What its numbers may depend on of this machine, in words.
@@ -128,7 +128,7 @@ class Passes:
     corpus: Callable[[CorpusPass], Path]
     serve: ServePlan
     cache: Path
-    lock: Path
+    leases: Leases
     suite_folder: Path
     limit: float
     machine: str = ""
@@ -201,6 +201,9 @@ class Passes:
         if self.new.url is None:
             found |= {"model": self._model_sha(config), "options": self._options(config)}
             found |= self.new.conditions
+            if config.cards > 1:
+                # Unsaid where it is one: what was recorded before there was a choice stays valid.
+                found["gpus"] = config.cards
         return found
 
     def fingerprint(self, case: Case, passed: Passed) -> dict[str, str | int | float | bool]:
@@ -253,9 +256,7 @@ class Passes:
         if given is not None:
             return self._against(build, case, given)
         if config.against:
-            other = self.configs[config.against]
-            # Whose test is marked `gpu` is compared with what a GPU answers.
-            other = replace(other, gpu=other.gpu or config.gpu)
+            other = self._other(config)
             if build.url is not None:
                 raise RunError(
                     f"config {config.name}: {build.label} is a running server and has one config, "
@@ -318,6 +319,7 @@ class Passes:
             *(build.sha256, self._sha(tool_of(build, PERPLEXITY)) if way == "tool" else ""),
             sorted(map(str, build.env.items())),
             *([build.container.program] if build.container is not None else []),
+            *([config.cards] if config.cards > 1 else []),
             sorted(map(str, {**config.options, **build.options}.items())),
         ]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -388,9 +390,32 @@ class Passes:
     @contextlib.contextmanager
     def _passing(self, config: Config, what: str) -> Iterator[None]:
         self.before()
-        with measuring(self.lock, self.serve.progress):
-            self._say(f"{config.name}: {what}")
-            yield
+        gpus, exclusive = needs(config, (self.base, self.new))
+        about = f"config {config.name}"
+        try:
+            with self.leases.hold(gpus, exclusive=exclusive, what=about) as cards:
+                self.serve = replace(self.serve, cards=cards)
+                self._say(f"{config.name}: {what}")
+                yield
+        finally:
+            self.serve = replace(self.serve, cards=())
+
+    def needs(self, case: Case) -> tuple[int, bool]:
+        """Return the cards that a case takes, and whether nothing else may run on the machine.
+
+        That of all its passes: its reference may be answers of another config.
+        """
+        configs = [case.config]
+        if case.config.against in self.configs:
+            configs.append(self._other(case.config))
+        each = [needs(config, (self.base, self.new)) for config in configs]
+        return max(gpus for gpus, _ in each), any(exclusive for _, exclusive in each)
+
+    def _other(self, config: Config) -> Config:
+        """Return the config whose answers are the reference of this one's."""
+        other = self.configs[config.against]
+        # Whose test is marked `gpu` is compared with what a GPU answers.
+        return replace(other, gpu=other.gpu or config.gpu)
 
     def _say(self, text: str) -> None:
         with self._saying:
@@ -432,7 +457,8 @@ class Passes:
         # How much of one goes to the GPU only the build knows; two should have ample room.
         if times == 1:
             return config.gpu or available_mib() >= self._need(config, 1)
-        return fits_twice(self._need(config, times), gpu=config.gpu)
+        cards = self.leases.held[: config.cards]
+        return fits_twice(self._need(config, times), gpu=config.gpu, cards=cards or None)
 
     def _need(self, config: Config, times: int) -> float:
         """Return the memory of so many passes at once, MiB."""

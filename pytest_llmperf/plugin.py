@@ -48,6 +48,8 @@ class _State:
         self.seen: list[Result] = []
         self.written: list[Written] = []
         self.report: Path | None = None
+        self.headlines: dict[str, list[str]] = {}
+        self.run_name = ""
         self._settings: Settings | None = None
         self._suite: Suite | None = None
 
@@ -161,6 +163,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         "llmperf_container_run",
         "Flags that every `run` of a container gets on this machine. Also LLMPERF_CONTAINER_RUN.",
+    )
+    parser.addini(
+        "llmperf_bandwidth",
+        "Bandwidth in GB/s that decode speeds are compared with: of the GPUs' memory, or of the "
+        "host's where there is no GPU (what NVML tells).",
     )
     parser.addini("llmperf_pairs", "Pairs of requests a workload in a side-by-side block (3).")
     parser.addini(
@@ -303,6 +310,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     from pytest_llmperf.fixtures import RUN  # noqa: PLC0415 - pytest rewrites that module first
     from pytest_llmperf.report.progress import Progress  # noqa: PLC0415 - only when used
     from pytest_llmperf.session import (  # noqa: PLC0415 - only when used
+        Worker,
         begin,
         check_baseline_name,
     )
@@ -312,7 +320,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if config.option.collectonly:
             return
         progress = Progress(config)
-        state.run = config.stash[RUN] = begin(state.settings, state.suite, selected, progress)
+        told = getattr(config, "workerinput", None)
+        worker = Worker(told["workerid"], told["llmperf_run"]) if told is not None else None
+        run = begin(state.settings, state.suite, selected, progress, worker)
+        state.run = config.stash[RUN] = run
         progress.announce(state.run)
     except UserError as error:
         _gave_up(state, error, session.items)
@@ -340,6 +351,44 @@ def _gave_up(state: _State, error: Exception | None, items: list[pytest.Item]) -
     return True
 
 
+# -- pytest-xdist -------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:  # noqa: ANN401 - pytest-xdist's type
+    """Give all tests of a config to one worker, unless another way was asked for."""
+    # What `-n` alone gives.
+    if config.getoption("dist") != "load" or (suite := _suite_if_any(config)) is None:
+        return None
+    from pytest_llmperf.workers import ConfigScheduling  # noqa: PLC0415 - only when used
+
+    return ConfigScheduling(config, log, suite.configs)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Make ``-n auto`` one worker a GPU."""
+    if config.getoption("numprocesses") != "auto" or "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    if _suite_if_any(config) is None:
+        return None
+    from pytest_llmperf.gpu.cards import gpus  # noqa: PLC0415 - only when used
+
+    return len(gpus()) or None
+
+
+def _suite_if_any(config: pytest.Config) -> Suite | None:
+    """Return the suite if there is a file that can be read; workers say what is wrong."""
+    # pytest-xdist asks for the number of its workers before pytest_configure.
+    state = config.stash.get(STATE, None) or _State(config)
+    from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+
+    try:
+        return state.suite if state.settings.suite.is_file() else None
+    except UserError:
+        return None
+
+
 # -- results ------------------------------------------------------------------------------------
 
 
@@ -347,7 +396,7 @@ def _gave_up(state: _State, error: Exception | None, items: list[pytest.Item]) -
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, Any, Any]:
-    """Stop a config's server when the next test needs another."""
+    """Stop a config's server, and let others have its GPUs, when the next test needs another."""
     try:
         return (yield)
     finally:
@@ -359,7 +408,7 @@ def pytest_runtest_protocol(
             and case is not None
             and (following is None or following.config is not case.config)
         ):
-            run.close_server()
+            run.leave_config()
 
 
 class _Collector:
@@ -394,9 +443,19 @@ class _Collector:
                 state.error = error
 
     @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:  # noqa: ANN401 - pytest-xdist's type
+        """Tell a worker which folder all of them keep their logs in."""
+        from pytest_llmperf.files import run_name  # noqa: PLC0415 - only when used
+
+        self._state.run_name = self._state.run_name or run_name()
+        node.workerinput["llmperf_run"] = self._state.run_name
+
+    @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:  # noqa: ANN401, ARG002 - pytest-xdist's hook and types
-        """Take over what a worker found wrong with the command line or a file."""
-        message = getattr(node, "workeroutput", {}).get("llmperf_error")
+        """Take over what a worker compared, or found wrong with the command line or a file."""
+        output = getattr(node, "workeroutput", {})
+        self._state.headlines[node.gateway.id] = output.get("llmperf_headline", [])
+        message = output.get("llmperf_error")
         if message is not None and self._state.error is None:
             from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
 
@@ -433,6 +492,11 @@ def pytest_terminal_summary(
 ) -> None:
     """Close with the table of verdicts."""
     state = config.stash[STATE]
+    # Workers compare the same; what the first one says is said once.
+    names = sorted(state.headlines, key=lambda name: (len(name), name))
+    told = [lines for name in names if (lines := state.headlines[name])]
+    for line in told[0] if told and config.get_verbosity() >= 0 else ():
+        terminalreporter.write_line(f"llmperf: {line}")
     if not state.seen:
         if state.error is not None:
             terminalreporter.write_line(f"ERROR: {state.error}", red=True)

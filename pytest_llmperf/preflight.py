@@ -7,7 +7,7 @@ nearly full, is a warning.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import psutil
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import devices_of
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, RunError
-from pytest_llmperf.measure.gpu import Held, free_mib, gpus, holders
+from pytest_llmperf.gpu.cards import Gpu, gpus, order_note
+from pytest_llmperf.gpu.memory import Held, free_mib, holders, process_name
+from pytest_llmperf.gpu.nvml import NO_GPU, status
 from pytest_llmperf.models.locate import parts
 from pytest_llmperf.plan.config import ModelFiles
 from pytest_llmperf.plan.options import OptionValue
@@ -148,7 +150,7 @@ def is_mapped(options: Mapping[str, OptionValue]) -> bool:
     return "none" not in str(options.get("load-mode", ""))
 
 
-def fits_twice(need_mib: float, *, gpu: bool) -> bool:
+def fits_twice(need_mib: float, *, gpu: bool, cards: Sequence[Gpu] | None = None) -> bool:
     """Return whether two servers have room to be warm at once.
 
     On a GPU, ``--fit`` shapes a server by the memory it finds free, so there must be far more than
@@ -157,35 +159,57 @@ def fits_twice(need_mib: float, *, gpu: bool) -> bool:
     Args:
         need_mib: What both need together, MiB.
         gpu: Whether they use a GPU.
+        cards: The GPUs that they share, both spread over all of them alike; None for every one
+            that is visible, any of which may have to hold both.
     """
     if available_mib() < need_mib:
         return False
     if not gpu:
         return True
     free = free_mib()
-    return bool(free) and min(free.values()) > 2 * need_mib
+    if not cards:
+        return bool(free) and min(free.values()) > 2 * need_mib
+    least = min(free.get(card.index, 0.0) for card in cards)
+    return least * len(cards) > 2 * need_mib
 
 
-def gpu_warnings() -> list[str]:
-    """Return a line if every GPU is in use, naming the processes that NVML knows of.
+def gpu_warnings(cards: Sequence[Gpu] | None = None) -> list[str]:
+    """Return a line for each thing about the GPUs that may spoil figures.
 
     Asked while no server of ours runs.
+
+    Args:
+        cards: The GPUs that servers are about to use, of which only the memory may have changed
+            since a run began; None for every one that is visible, of which one that nobody else
+            uses suffices.
     """
+    if cards is not None:
+        return _use_warnings(cards, every=True)
+    reason = status().reason
+    lines = [reason, order_note()] if reason != NO_GPU else [order_note()]
+    if any(card.persistence is False for card in gpus()):
+        lines.append(
+            "persistence mode is off: the driver unloads between servers and every first start "
+            "pays; `nvidia-smi -pm 1`"
+        )
+    return [f"warning: {line}" for line in lines if line] + _use_warnings(gpus(), every=False)
+
+
+def _use_warnings(cards: Sequence[Gpu], *, every: bool) -> list[str]:
+    """Return a line if GPUs are in use, naming the processes that NVML knows of."""
     free = free_mib()
-    total = {gpu.index: gpu.total_mib for gpu in gpus() if gpu.total_mib}
-    shares = {index: free.get(index, 0.0) / total[index] for index in total}
-    if not shares or max(shares.values()) >= FREE_SHARE:
+    total = {card.index: card.total_mib for card in cards if card.total_mib}
+    shares = [free.get(index, 0.0) / total[index] for index in total]
+    if not shares or (min(shares) if every else max(shares)) >= FREE_SHARE:
         return []
     told = ", ".join(
         f"GPU {index}: {free.get(index, 0.0):.0f} of {total[index]} MiB free" for index in total
     )
-    who = ", ".join(_holder(one) for one in holders()) or "NVML names no process"
+    held = (_holder(one) for one in holders() if one.gpu in total)
+    who = ", ".join(held) or "NVML names no process"
     return [f"warning: something else uses the GPU memory ({told}; {who}): sizes will differ"]
 
 
 def _holder(held: Held) -> str:
-    name = "a process that cannot be seen from here"
-    with suppress(psutil.Error):
-        name = psutil.Process(held.pid).name()
     size = f" {held.mib:.0f} MiB" if held.mib else ""
-    return f"{name} (pid {held.pid}){size}"
+    return f"{process_name(held.pid)} (pid {held.pid}){size}"

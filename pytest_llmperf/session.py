@@ -29,6 +29,7 @@ from pytest_llmperf.campaign.base import Campaign
 from pytest_llmperf.campaign.bench import BenchCampaign
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, nearest
+from pytest_llmperf.files import run_name
 from pytest_llmperf.gate import (
     Absent,
     Comparison,
@@ -41,6 +42,8 @@ from pytest_llmperf.gate import (
     no_launch,
     unmeasured,
 )
+from pytest_llmperf.gpu.cards import all_gpus, gpus
+from pytest_llmperf.gpu.nvml import Kind, status
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.chunks import QUALITY
 from pytest_llmperf.judge.priors import Priors, path_of
@@ -48,7 +51,8 @@ from pytest_llmperf.judge.priors import load as load_priors
 from pytest_llmperf.judge.references import Kept
 from pytest_llmperf.judge.store import Baseline, Failure
 from pytest_llmperf.judge.verdict import Outcome, Verdict
-from pytest_llmperf.measure.gpu import gpus
+from pytest_llmperf.leases import Leases
+from pytest_llmperf.measure import host
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
 from pytest_llmperf.measure.machine import machine, machine_fingerprint
 from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, Metric
@@ -61,11 +65,15 @@ from pytest_llmperf.plan.suite import Suite
 from pytest_llmperf.preflight import disk_warnings, gpu_warnings
 from pytest_llmperf.quality_gate import QualityQuestion, not_alone
 from pytest_llmperf.report.result import Result, Side
-from pytest_llmperf.serve.launch import ServePlan, Server, server_options, start
+from pytest_llmperf.roof import DECODE, memory_of, roofline
+from pytest_llmperf.serve.launch import ServePlan, Server, needs, server_options, start
 from pytest_llmperf.serve.ollama import ollama_options
 from pytest_llmperf.settings import Settings
 
 _KEPT_RUNS = 10
+
+GUARDS = ("offloaded_layers",)
+"""Metrics that every case of a GPU config is judged by as well, where they are known."""
 
 
 class Progress(Protocol):
@@ -76,6 +84,30 @@ class Progress(Protocol):
 
     def clear(self) -> None:
         """Wipe what is shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker of pytest-xdist.
+
+    Attributes:
+        name: Such as ``gw1``.
+        run: Name of the folder that all workers of the run share.
+    """
+
+    name: str
+    run: str
+
+    @property
+    def controller(self) -> int:
+        """Process id of the controller, on its own machine."""
+        return int(self.run.rpartition("-")[2])
+
+    @property
+    def number(self) -> int:
+        """Its number, from 0 on."""
+        digits = self.name.removeprefix("gw")
+        return int(digits) if digits.isdecimal() else 0
 
 
 def check_baseline_name(settings: Settings, suite: Suite) -> None:
@@ -116,6 +148,7 @@ class Run:
         seed: Seed of the coin flips.
         selected: Cases of the selected tests, by config.
         priors: What calibration found of this machine's noise.
+        worker: Which worker of pytest-xdist this is, or None.
     """
 
     settings: Settings
@@ -128,6 +161,9 @@ class Run:
     seed: int
     selected: Mapping[str, Sequence[Case]]
     priors: Priors = field(default_factory=Priors)
+    worker: Worker | None = None
+    _leases: Leases | None = None
+    _leased: bool = False
     _campaigns: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
     _rematches: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
     _passes: Passes | None = None
@@ -136,8 +172,28 @@ class Run:
     _server: Server | None = None
     _gpu_error: LlmperfError | None = None
     _gpu_checked: bool = False
+    _cuda: bool = True
 
     # -- what test authors reach through the fixtures ------------------------------------
+
+    def prepare(self, case: Case, asked: Collection[str], *, gpu: bool = False) -> None:
+        """Wait until the GPUs and the host are free for what :meth:`gate` will measure.
+
+        So that a test's budget does not pay for the waiting. What goes wrong is for gate() to tell.
+
+        Args:
+            case: Config and workload.
+            asked: Metric names.
+            gpu: Whether the test is marked ``gpu``, whatever its config says.
+        """
+        with suppress(LlmperfError):
+            check_metrics(case, asked)
+            case = replace(case, config=self._with_gpu(case.config, marked=gpu))
+            self._require_gpu(needed=case.config.gpu)
+            if case.corpus_pass is None:
+                # What lacks a model need not wait for a GPU.
+                self.campaign(case.config, case.tool)
+            self._lease_for(case)
 
     def gate(
         self,
@@ -166,8 +222,10 @@ class Run:
         try:
             self._require_gpu(needed=case.config.gpu)
             if case.corpus_pass is not None:
+                self._lease_for(case)
                 return self._gate_quality(nodeid, case, asked)
             campaign = self.campaign(case.config, case.tool)
+            self._lease_for(case)
         except LlmperfError as error:
             verdicts = [unmeasured(METRICS[name], error) for name in asked]
             return Result(
@@ -179,8 +237,8 @@ class Run:
                 tuple(verdicts),
             )
         until = time.monotonic() + self.settings.budget if deadline is None else deadline
-        verdicts = [
-            Question(
+        answers = {
+            name: Question(
                 campaign=campaign,
                 case=case,
                 metric=METRICS[name],
@@ -191,9 +249,14 @@ class Run:
                 priors=self.priors,
                 rematch=lambda: self.rematch(case.config, case.tool),
             ).answer(self.comparison)
-            for name, own in asked.items()
+            for name, own in {**_guards(case, asked), **asked}.items()
+        }
+        kept = [
+            verdict
+            for name, verdict in answers.items()
+            if name in asked or verdict.outcome is Outcome.REGRESSION
         ]
-        return self._result(nodeid, case, campaign, verdicts)
+        return self._result(nodeid, case, campaign, kept, tuple(answers))
 
     def _gate_quality(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
         """Judge quality metrics of a case by passes over its corpus."""
@@ -255,8 +318,17 @@ class Run:
         if self._server is None:
             self._require_gpu(needed=config.gpu)
             files = self.files(config) if self.new.url is None else ModelFiles(Path())
-            self._server = start(self.new, config, files, self._serve_plan())
+            self._lease_for(Case(config))
+            cards = self.leases.held[: config.cards]
+            self._server = start(self.new, config, files, replace(self._serve_plan(), cards=cards))
         return self._server
+
+    def leave_config(self) -> None:
+        """Stop what runs of a config, and let others have its GPUs and the host."""
+        self.close_server()
+        if self._leased:
+            self._leased = False
+            self.leases.release()
 
     def close_server(self) -> None:
         """Stop the server that :meth:`server` started, if it runs."""
@@ -290,6 +362,19 @@ class Run:
         return metric.tolerance if own is None else own
 
     @property
+    def leases(self) -> Leases:
+        """The GPUs and the host, as far as others leave them to us."""
+        if self._leases is None:
+            self._leases = Leases(
+                self.settings.cache / "locks",
+                gpus(),
+                all_gpus(),
+                self.progress,
+                first=0 if self.worker is None else self.worker.number,
+            )
+        return self._leases
+
+    @property
     def passes(self) -> Passes:
         """The passes of this run, made on first use."""
         if self._passes is None:
@@ -302,7 +387,7 @@ class Run:
                 corpus=lambda one: locate_corpus(one, folders),
                 serve=self._serve_plan(),
                 cache=self.settings.cache,
-                lock=self._lock,
+                leases=self.leases,
                 suite_folder=self.suite.path.parent,
                 limit=self.settings.pass_limit,
                 machine=json.dumps(machine_fingerprint(self.settings.machine), sort_keys=True),
@@ -366,7 +451,7 @@ class Run:
             files=self.files(config) if self._needs_model else ModelFiles(Path()),
             serve=self._serve_plan(),
             pairs=self.settings.pairs,
-            lock=self._lock,
+            leases=self.leases,
             rng=random.Random(f"{self.seed}:{config.name}"),  # noqa: S311 - a coin, not a key
             before=self.close_server,
             foreign_load=self.settings.foreign_load,
@@ -409,6 +494,9 @@ class Run:
         }
         if case.tool != "llama-server":
             found["tool"] = case.tool
+        if case.config.cards > 1:
+            # Unsaid where it is one: what was recorded before there was a choice stays valid.
+            found["gpus"] = case.config.cards
         if self.new.url is not None:
             # What a running server was started with is its own affair, but for what it is asked.
             asked = told(ollama_options(case.config)[0]) if self.new.api == "ollama" else ""
@@ -426,8 +514,10 @@ class Run:
         if case.workload is not None:
             found["workload"] = case.workload.digest()
             found["prompt"] = launch.digests.get(case.workload.name, "unknown")
-        elif launch.vram_by_log:
+        elif launch.vram_by == "log":
             found["vram"] = "by the log"
+        elif launch.vram_by == "use":
+            found["vram"] = "by the GPU's use"
         return found
 
     @property
@@ -449,11 +539,12 @@ class Run:
         if any(case.config.gpu for cases in self.selected.values() for case in cases):
             lines += gpu_warnings()
         noise = f"noise {self.priors.about}" if self.priors.about else "noise not calibrated"
-        return [*lines, f"machine {self.machine_key}, {noise}, logs in {self.folder}"]
+        folder = self.folder if self.worker is None else self.folder.parent
+        return [*lines, f"machine {self.machine_key}, {noise}, logs in {folder}"]
 
     def close(self) -> None:
-        """Stop what still runs."""
-        self.close_server()
+        """Stop what still runs, and let others have the machine."""
+        self.leave_config()
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -463,9 +554,28 @@ class Run:
         given = [("--llmperf-build", self.settings.build), ("--baseline", self.settings.baseline)]
         return " ".join(f"{name}={shlex.quote(value)}" for name, value in given if value)
 
-    @property
-    def _lock(self) -> Path:
-        return self.settings.cache / "locks" / "measuring.lock"
+    def _lease_for(self, case: Case) -> None:
+        """Take what a case needs of the machine, for all tests of its config one after the other.
+
+        So that every launch of a config is on one card, and what a test's servers leave there is
+        no other's trouble.
+
+        Raises:
+            RunError: If the machine has fewer GPUs.
+        """
+        sides = (self.new, self.base)
+        cards, exclusive = (
+            self.passes.needs(case) if case.corpus_pass else needs(case.config, sides)
+        )
+        # What uses GPUs by other means than CUDA, such as Vulkan, cannot be kept to one of them.
+        exclusive = exclusive or not self._cuda
+        if self._leased and not self.leases.covers(cards, exclusive=exclusive):
+            # A lease cannot grow: whoever did it might wait for another that does so too.
+            self.leave_config()
+        if not self._leased:
+            what = f"config {case.config.name}"
+            self.leases.acquire(cards, exclusive=exclusive, what=what)
+            self._leased = True
 
     def _serve_plan(self) -> ServePlan:
         return ServePlan(
@@ -496,7 +606,10 @@ class Run:
 
     def _look_for_gpu(self) -> LlmperfError | None:
         for build in (self.new, self.base):
-            if build is None or build.url is not None or devices_of(build):
+            if build is None or build.url is not None:
+                continue
+            if found := devices_of(build):
+                self._cuda = self._cuda and all(one.id.startswith("CUDA") for one in found)
                 continue
             if cards := gpus():
                 return BuildError(
@@ -504,9 +617,11 @@ class Run:
                     "would run on the CPU (a CPU build, or its GPU runtime is missing); see what "
                     f"`{shlex.join(devices_command(build))}` says"
                 )
+            state = status()
+            broken = f" ({state.reason})" if state.kind is Kind.BROKEN else ""
             return BuildError(
-                "this machine has no GPU that the build can use: run these tests on the GPU "
-                'runner, or leave them out with -m "not gpu"'
+                f"this machine has no GPU that the build can use{broken}: run these tests on the "
+                'GPU runner, or leave them out with -m "not gpu"'
             )
         return None
 
@@ -523,6 +638,7 @@ class Run:
             },
             command=launches[-1].command if launches else "",
             logs=tuple(launch.log for launch in launches if launch.log),
+            gpu=_gpu_use(launches),
         )
 
     def _stored_side(self) -> Side | None:
@@ -538,7 +654,12 @@ class Run:
         return Side(label=self.comparison.label, about=about)
 
     def _result(
-        self, nodeid: str, case: Case, campaign: Campaign, verdicts: Sequence[Verdict]
+        self,
+        nodeid: str,
+        case: Case,
+        campaign: Campaign,
+        verdicts: Sequence[Verdict],
+        metrics: Sequence[str],
     ) -> Result:
         blocks, alone = campaign.measured
         pairs = [campaign.block(index) for index in range(blocks)]
@@ -564,9 +685,31 @@ class Run:
             verdicts=tuple(verdicts),
             fingerprint=fingerprint,
             options=self._options,
-            measured=_measured(case, new, [METRICS[v.metric] for v in verdicts]),
+            measured=_measured(case, new, [METRICS[name] for name in metrics]),
             partial=_partial(campaign, case),
+            roofline=self._roofline(case, verdicts, new),
         )
+
+    def _roofline(
+        self, case: Case, verdicts: Sequence[Verdict], launches: Sequence[Launch]
+    ) -> Mapping[str, object]:
+        """Return how near decoding came to what the memory allows; empty where that is unknown."""
+        decode = next((one for one in verdicts if one.metric == DECODE), None)
+        if self.new.url is not None or not launches or decode is None:
+            return {}
+        memory = memory_of(case, self.leases.held, self.settings.bandwidth)
+        splits = launches[0].samples.get(LAUNCH, {}).get("graph_splits", [None])
+        options = server_options(self.new, case.config)
+        model = self.files(case.config).main
+        return roofline(case, model, options, memory, decode, splits=splits[0])
+
+
+def _gpu_use(launches: Sequence[Launch]) -> Mapping[str, object]:
+    """Return what GPUs did under the last launch, or the last one that something disturbed."""
+    watched = [launch for launch in launches if launch.gpu]
+    for launch in reversed([one for one in watched if one.disturbed] or watched):
+        return launch.gpu
+    return {}
 
 
 def check_metrics(case: Case, asked: Collection[str]) -> None:
@@ -599,6 +742,17 @@ def check_metrics(case: Case, asked: Collection[str]) -> None:
             "ppl alone never passes, since answers can change with the perplexity unchanged: gate "
             "kld_mean or same_top beside it"
         )
+
+
+def _guards(case: Case, asked: Collection[str]) -> dict[str, float | None]:
+    """Return the metrics that are judged with every case of their kind, and shown if they fail.
+
+    A build that offloads fewer layers than before is slower for that, which no figure of speed
+    says by itself.
+    """
+    if not case.config.gpu or case.tool == BENCH:
+        return {}
+    return {name: None for name in GUARDS if name not in asked}
 
 
 def _failure_in(verdicts: Sequence[Verdict]) -> Failure | None:
@@ -635,6 +789,7 @@ def begin(
     suite: Suite,
     selected: Sequence[Case],
     progress: Progress,
+    worker: Worker | None = None,
 ) -> Run:
     """Resolve the builds and the baseline of a run.
 
@@ -643,6 +798,7 @@ def begin(
         suite: The suite file.
         selected: Cases of the selected tests.
         progress: Says what goes on.
+        worker: Which worker of pytest-xdist this is, or None.
 
     Raises:
         UserError: If a build or baseline cannot be found or read.
@@ -654,6 +810,8 @@ def begin(
         settings.containers,
     )
     comparison, base = _comparison(settings, suite, new, progress)
+    if worker is not None:
+        host.share(worker.controller)
     by_config: dict[str, list[Case]] = {}
     for case in selected:
         by_config.setdefault(case.config.name, []).append(case)
@@ -663,11 +821,12 @@ def begin(
         new=new,
         base=base,
         comparison=comparison,
-        folder=_run_folder(settings.root / ".llmperf"),
+        folder=_run_folder(settings.root / ".llmperf", worker),
         progress=progress,
         seed=time.time_ns(),
         selected=by_config,
         priors=load_priors(path_of(settings.cache, str(machine(settings.machine)["key"]))),
+        worker=worker,
     )
 
 
@@ -721,8 +880,11 @@ def _spec_of(name: str, suite: Suite, new: Build) -> str:
     return f"--llmperf-build='<spec of {name}>'"
 
 
-def _run_folder(parent: Path) -> Path:
-    """Return a new run folder; the oldest ones go, except those of runs that still go on."""
+def _run_folder(parent: Path, worker: Worker | None = None) -> Path:
+    """Return a new run folder; the oldest ones go, except those of runs that still go on.
+
+    Workers of one run share it, and have a folder inside each.
+    """
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -731,12 +893,15 @@ def _run_folder(parent: Path) -> Path:
     runs = sorted(p for p in parent.glob("run-*") if p.is_dir() and not _goes_on(p))
     for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
         shutil.rmtree(old, ignore_errors=True)
-    folder = parent / f"run-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = parent / (run_name() if worker is None else worker.run)
     folder.mkdir(exist_ok=True)
     with suppress(OSError):
         latest = parent / "latest"
         latest.unlink(missing_ok=True)
         latest.symlink_to(folder.name)
+    if worker is not None:
+        folder /= worker.name
+        folder.mkdir(exist_ok=True)
     return folder
 
 

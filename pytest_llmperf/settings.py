@@ -63,6 +63,7 @@ class Settings:
         foreign_load: Cores that other programs may keep busy while something is measured.
         pass_limit: Most seconds that a pass over a corpus may be expected to take.
         containers: How containers are run.
+        bandwidth: Of the memory that is decoded from, GB/s, or None for what NVML tells.
     """
 
     baseline: str | None
@@ -85,6 +86,7 @@ class Settings:
     foreign_load: float = math.inf
     pass_limit: float = DEFAULT_PASS_LIMIT
     containers: Containers = Containers()
+    bandwidth: float | None = None
 
 
 def read_settings(
@@ -169,6 +171,7 @@ def read_settings(
         foreign_load=_foreign_load(ini("llmperf_foreign_load")),
         pass_limit=_number(None, ini("llmperf_pass_limit"), DEFAULT_PASS_LIMIT, "pass_limit", 1.0),
         containers=read_containers(ini, environment),
+        bandwidth=_bandwidth(ini("llmperf_bandwidth")),
     )
 
 
@@ -234,6 +237,12 @@ def _foreign_load(from_ini: object) -> float:
     if str(from_ini or "") == "off":
         return math.inf
     return _number(None, from_ini, default_foreign_load(), "foreign_load", 0.0)
+
+
+def _bandwidth(from_ini: object) -> float | None:
+    if not from_ini:
+        return None
+    return _number(None, from_ini, 0.0, "bandwidth", 1.0)
 
 
 def _tolerances(lines: Sequence[str]) -> dict[str, float]:

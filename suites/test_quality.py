@@ -17,6 +17,9 @@ KV = ["tiny-kv-q8_0", "tiny-k-q4_0"]
 LADDER = ["tiny-q8_0", "tiny-q6_k", "tiny-q5_k", "tiny-q4_k", "tiny-q3_k", "tiny-q2_k"]
 KV_TYPES = ["tiny-kv-q8_0", "tiny-kv-q4_0", "tiny-k-q4_0", "tiny-v-q4_0", "tiny-q4_k-kv-q4_0"]
 
+# The same by the kernels of a GPU.
+GPU = ["gpu-f16", "gpu-q8_0", "gpu-q4_k", "gpu-kv-q8_0", "gpu-kv-q4_0"]
+
 # The seed reports' matrix: weights against Q8_0, and two weights by three types of KV cache.
 QWEN = ["quality-q8", "quality-q4km", "quality-udq4kxl", "quality-q4kl", "quality-mxfp4"]
 QWEN_KV = ["q8-kv-f16", "q8-kv-q8", "q8-kv-q4", "q4km-kv-f16", "q4km-kv-q8", "q4km-kv-q4"]
@@ -31,6 +34,20 @@ def test_answers(quality):
 @pytest.mark.llmperf(configs=[*WEIGHTS, *KV], passes=["tiny"])
 def test_quantized(quality):
     """Quantization costs no more than with the baseline's build, and stays within its budget."""
+    quality.gate(*ANSWERS)
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=GPU, passes=["tiny_512"])
+def test_on_gpu(quality):
+    """The kernels of the GPU answer as they did: prompts, and with a quantized cache."""
+    quality.gate(*ANSWERS)
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=["gpu-f16", "gpu-kv-q4_0"], passes=["tiny_decode"])
+def test_decode_on_gpu(quality):
+    """The same one token at a time."""
     quality.gate(*ANSWERS)
 
 

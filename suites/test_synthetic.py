@@ -15,10 +15,10 @@ DRAFTING = ["gpu-ngram", "gpu-draft"]
 
 
 @pytest.mark.gpu
-@pytest.mark.llmperf(configs=[*DENSE, *MOE], workloads=["short", "long"])
+@pytest.mark.llmperf(configs=[*DENSE, *MOE], workloads=["answer", "document"])
 def test_decode(speed):
-    """Decode and prompts on the GPU stay as fast as they were."""
-    speed.gate("decode_tps", "prefill_tps", "ttft_ms")
+    """Decode and prompts on the GPU stay as fast as they were, for no more energy."""
+    speed.gate("decode_tps", "prefill_tps", "ttft_ms", "tokens_per_joule")
 
 
 @pytest.mark.gpu
@@ -41,7 +41,7 @@ def test_decode_of_quants(speed):
 @pytest.mark.llmperf(configs=[*DENSE, *MOE, *OFFLOADED])
 def test_memory(memory):
     """GPU memory, fitted context and what runs on the GPU stay."""
-    memory.gate("vram_mib", "offloaded_layers", "n_ctx", "graph_splits")
+    memory.gate("vram_mib", "vram_peak_mib", "offloaded_layers", "n_ctx", "graph_splits")
 
 
 @pytest.mark.gpu
@@ -66,10 +66,19 @@ def test_great_depths(speed):
 
 
 @pytest.mark.gpu
-@pytest.mark.llmperf(configs=["synth-8b-parallel"], workloads=["short", "parallel_4", "parallel_8"])
+@pytest.mark.llmperf(
+    configs=["synth-8b-parallel"], workloads=["answer", "parallel_4", "parallel_8"]
+)
 def test_parallel(speed):
     """One, four and eight users get as much together, and each as soon, as before."""
     speed.gate("aggregate_tps", "decode_tps", "ttft_ms")
+
+
+@pytest.mark.gpu
+@pytest.mark.llmperf(configs=["synth-8b-two"], workloads=["answer"])
+def test_two_gpus(speed):
+    """A model that is spread over two GPUs is as fast as it was."""
+    speed.gate("decode_tps", "prefill_tps")
 
 
 @pytest.mark.gpu

@@ -14,21 +14,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import LlmperfError, OutOfMemoryError, RunError
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.host import Watch, unsteady
 from pytest_llmperf.measure.launch import Launch
-from pytest_llmperf.measuring import measuring
+from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.plan.config import LAUNCH, Config, ModelFiles, Workload
 from pytest_llmperf.preflight import gpu_warnings, require_disk, require_memory
-from pytest_llmperf.serve.launch import ServePlan, server_options
+from pytest_llmperf.serve.launch import ServePlan, needs, server_options
 
 _TRIES = 4
 _QUIET_WAIT_S = 30.0
-_QUIET_LOOK_S = 0.5
+# NVML tells a process's use of a GPU once a second.
+_QUIET_LOOK_S = 1.5
 
 
 class _Unit(Protocol):
@@ -91,9 +92,9 @@ class Campaign(ABC):
         new: The build under test.
         base: The build to measure side by side, or None to measure the one alone.
         files: What its servers load; without a meaning where both sides already run.
-        serve: Run folder, limits and progress.
+        serve: Run folder, limits and progress; while something is measured, also the GPUs.
         pairs: Pairs of requests a workload and block; samples a launch when measured alone.
-        lock: Lock file that keeps other measuring on this machine away.
+        leases: Keeps other measuring away from its GPUs, or from the whole machine.
         rng: Coin flips.
         failures: Workload name (or :data:`LAUNCH` for all) to what went wrong.
         partial: Workload name to what was answered of it before that.
@@ -108,7 +109,7 @@ class Campaign(ABC):
     files: ModelFiles
     serve: ServePlan
     pairs: int
-    lock: Path
+    leases: Leases
     rng: random.Random
     before: Callable[[], None] = lambda: None
     foreign_load: float = math.inf
@@ -117,6 +118,7 @@ class Campaign(ABC):
     _blocks: list[PairedLaunches] = field(default_factory=list)
     _launches: list[Launch] = field(default_factory=list)
     _apart: dict[bool, Campaign] = field(default_factory=dict)
+    _needs: tuple[int, bool] | None = None
 
     @abstractmethod
     def _run_alone(self, build: Build, what: str) -> Launch:
@@ -168,6 +170,8 @@ class Campaign(ABC):
                 _blocks=[],
                 _launches=[],
                 _apart={},
+                # Of a running server alone it would be another lease, in the middle of this one.
+                _needs=self.needs,
             )
         return self._apart[base]
 
@@ -175,6 +179,11 @@ class Campaign(ABC):
     def endpoint(self) -> bool:
         """Whether a side is a running server, so that its launches are one start in truth."""
         return any(build is not None and build.url is not None for build in (self.new, self.base))
+
+    @property
+    def needs(self) -> tuple[int, bool]:
+        """Cards that it is measured on, and whether nothing else may run on the machine."""
+        return self._needs or needs(self.config, (self.base, self.new))
 
     @property
     def measured(self) -> tuple[int, int]:
@@ -189,24 +198,29 @@ class Campaign(ABC):
     def _measuring(self) -> Iterator[None]:
         self.before()
         try:
-            with measuring(self.lock, self.serve.progress):
+            gpus, exclusive = self.needs
+            what = f"config {self.config.name}"
+            with self.leases.hold(gpus, exclusive=exclusive, what=what) as cards:
+                self.serve = replace(self.serve, cards=cards)
                 self._preflight()
                 yield
         except LlmperfError as error:
             # Not to be tried again by every test of this config.
             self.failures[LAUNCH] = error
             raise
+        finally:
+            self.serve = replace(self.serve, cards=())
 
     def _preflight(self) -> None:
         """Refuse what cannot go well, before anything of a unit is started."""
         builds = [one for one in (self.base, self.new) if one is not None and one.url is None]
-        for folder in (self.serve.folder, self.lock.parent):
+        for folder in (self.serve.folder, self.leases.folder):
             require_disk(folder)
         for build in builds:
             options = server_options(build, self.config)
             require_memory(self.config.name, build, self.files, options)
         if builds and self.config.gpu:
-            for line in gpu_warnings():
+            for line in gpu_warnings(self.serve.cards or None):
                 self._say(line)
 
     def _steadily(self, what: str, measure: Callable[[str], Unit]) -> Unit:
@@ -231,9 +245,10 @@ class Campaign(ABC):
     def _wait_for_quiet(self, what: str) -> None:
         until = time.monotonic() + _QUIET_WAIT_S
         while time.monotonic() < until:
-            watch = Watch()
+            watch, on_gpu = Watch(), self._on_gpu()
             time.sleep(_QUIET_LOOK_S)
-            told = watch.load().told(self.foreign_load)
+            told = self._disturbed(watch, on_gpu.disturbed)
+            on_gpu.end((), what, check=False)
             if not told:
                 return
             self._say(f"{what} waits for a quiet machine: {told}")
@@ -244,11 +259,16 @@ class Campaign(ABC):
     def _live(self) -> list[Workload]:
         return [workload for workload in self.workloads if workload.name not in self.failures]
 
+    def _on_gpu(self) -> OnGpu:
+        """Return a look at the GPUs of a program that is about to start."""
+        return OnGpu(self.serve.cards if self.config.gpu else (), self._say)
+
     def _watch(self) -> Watch | None:
         return Watch() if math.isfinite(self.foreign_load) else None
 
-    def _disturbed(self, watch: Watch | None) -> str:
-        return "" if watch is None else watch.load().told(self.foreign_load)
+    def _disturbed(self, watch: Watch | None, on_gpu: str) -> str:
+        """Return what disturbed the host since the watch began, or else the GPUs."""
+        return "" if watch is None else watch.load().told(self.foreign_load) or on_gpu
 
     def _second(self) -> Build:
         if self.base is None:

@@ -34,7 +34,15 @@ class BenchCampaign(Campaign):
         workloads = self._live()
         self._say(f"{what}: {build.label} by llama-bench")
         watch = self._watch()
-        done = run_bench(self._plan(build, what), workloads)
+        on_gpu = self._on_gpu()
+        try:
+            done = run_bench(self._plan(build, what), workloads)
+        except BaseException:
+            on_gpu.end((), build.label, check=False)
+            raise
+        launch = done.launch
+        launch.disturbed = self._disturbed(watch, on_gpu.disturbed) or wandering(launch)
+        launch.gpu = on_gpu.facts()
+        on_gpu.end((), f"llama-bench of {build.label} for config {self.config.name}")
         self.failures |= done.failures
-        done.launch.disturbed = self._disturbed(watch) or wandering(done.launch)
-        return done.launch
+        return launch

@@ -30,7 +30,6 @@ class ServerCampaign(Campaign):
 
     _tokens: list[int] = field(default_factory=list)
     _crowded: bool = False
-    _begun: dict[tuple[float, str], int] = field(default_factory=dict)
 
     def _run_block(self, what: str) -> PairedLaunches:
         base = self._second()
@@ -52,23 +51,30 @@ class ServerCampaign(Campaign):
 
     def _open(self, build: Build, what: str) -> Session:
         self._say(f"{what}: starting {build.label}")
-        server = start(build, self.config, self.files, self.serve)
+        # From before the start: what it takes to load may be the most that it ever takes.
+        on_gpu = self._on_gpu()
+        try:
+            server = start(build, self.config, self.files, self.serve)
+        except BaseException:
+            on_gpu.end((), build.label, check=False)
+            raise
         try:
             if not self._tokens:
                 # Tokenized once: both builds are asked the same ids, even if one of them
                 # would cut the text differently.
                 self._tokens = text_tokens(server)
-            session = Session(server, self._tokens)
+            session = Session(server, self._tokens, on_gpu)
             session.settle()
         except BaseException:
             server.stop()
+            on_gpu.end((), build.label, check=False)
             raise
         return session
 
     def _guarded(self, workload: Workload, session: Session, work: Callable[[], None]) -> bool:
         """Do the work; return whether the server is fit for more. A failure is the workload's."""
         launch = session.launch
-        begun = self._begun.setdefault((launch.started, workload.name), launch.requests)
+        begun = session.begun.setdefault(workload.name, launch.requests)
         try:
             work()
         except RunError as error:
@@ -94,9 +100,12 @@ class ServerCampaign(Campaign):
                 work = partial(self._ask_one, workload, session)
                 if not self._guarded(workload, session, work) and self._more_after(workload):
                     session = self._reopen(session, what)
-            session.launch.disturbed = self._disturbed(watch) or wandering(session.launch)
-        finally:
-            session.server.stop()
+            disturbed = self._disturbed(watch, session.disturbed)
+            session.launch.disturbed = disturbed or wandering(session.launch)
+        except BaseException:
+            session.close(check=False)
+            raise
+        session.close()
         return session.launch
 
     def _ask_one(self, workload: Workload, session: Session) -> None:
@@ -113,7 +122,7 @@ class ServerCampaign(Campaign):
 
     def _reopen(self, dead: Session, what: str) -> Session:
         """Start again what died or hangs, and go on with the workloads that did not kill it."""
-        dead.server.stop()
+        dead.close()
         session = self._open(dead.server.build, f"{what}, again after a crash")
         launch = session.launch
         launch.samples = {**dead.launch.samples, LAUNCH: launch.samples[LAUNCH]}
@@ -137,12 +146,19 @@ class ServerCampaign(Campaign):
             for workload in self._live():
                 self._say(f"{what}: {workload.name}, {base.label} against {new.label}")
                 orders[workload.name] = self._ask_both(workload, sides, what)
-            disturbed = self._disturbed(watch)
+            on_gpu = next(filter(None, (one.disturbed for one in sides.values())), "")
+            disturbed = self._disturbed(watch, on_gpu)
             for session in sides.values():
                 session.launch.disturbed = disturbed
-        finally:
+        except BaseException:
             for session in sides.values():
-                session.server.stop()
+                session.close(check=False)
+            raise
+        for session in sides.values():
+            # Both have to end before either can be told to have left something.
+            session.stop()
+        for session in sides.values():
+            session.close()
         return PairedLaunches(sides["b"].launch, sides["n"].launch, together=True, orders=orders)
 
     def _ask_both(self, workload: Workload, sides: dict[str, Session], what: str) -> str:
@@ -169,7 +185,7 @@ class ServerCampaign(Campaign):
         if self.new.url is not None or (self.base is not None and self.base.url is not None):
             return True
         need = weights_mib(self.files) * _OVERHEAD * 2 + _SPARE_MIB
-        return fits_twice(need, gpu=self.config.gpu)
+        return fits_twice(need, gpu=self.config.gpu, cards=self.serve.cards or None)
 
 
 def _how(error: RunError) -> str:

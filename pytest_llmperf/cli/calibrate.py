@@ -26,7 +26,9 @@ from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.gate import to_block
+from pytest_llmperf.gpu.cards import all_gpus, gpus
 from pytest_llmperf.judge.calibration import (
+    naive_alarms,
     noise,
     priors_of,
     replay,
@@ -37,6 +39,7 @@ from pytest_llmperf.judge.calibration import (
 from pytest_llmperf.judge.priors import Priors, path_of, save
 from pytest_llmperf.judge.side_by_side import DEFAULT_PLAN, Block
 from pytest_llmperf.judge.verdict import Outcome
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.machine import machine
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.models.locate import files_of, locate
@@ -248,6 +251,7 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
     )
     folder = arguments.blocks_file.parent / f"calibrate-{os.getpid()}"
     arguments.blocks_file.parent.mkdir(parents=True, exist_ok=True)
+    leases = Leases(cache / "locks", gpus(), all_gpus(), _say)
     campaigns = {
         level: ServerCampaign(
             config=config,
@@ -257,7 +261,7 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
             files=files,
             serve=ServePlan(folder=folder),
             pairs=arguments.pairs,
-            lock=cache / "locks" / "measuring.lock",
+            leases=leases,
             rng=random.Random(f"{time.time_ns()}:{level}"),  # noqa: S311 - a coin, not a key
             foreign_load=arguments.foreign_load,
         )
@@ -410,6 +414,14 @@ def _outcomes(
             )
         )
     lines = columns(rows)
+    for (case, name, level), group in sorted(groups.items()):
+        equal = [one.block for one in group if not one.disturbed and not level]
+        if len(equal) > 1:
+            alarms = naive_alarms(METRICS[name], equal, tolerance)
+            lines.append(
+                f"{case} {name}: a gate that starts each build once and compares medians would "
+                f"fail equal builds {100 * alarms:.1f} % of the time"
+            )
     for (case, name), pairs in sorted(power.items()):
         smallest = smallest_detectable(pairs, _POWER)
         told = "none of those measured" if smallest is None else f"{100 * smallest:.1f} %"

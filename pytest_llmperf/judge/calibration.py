@@ -226,6 +226,33 @@ def _new(block: Block) -> tuple[float, ...]:
     return block.new
 
 
+def naive_alarms(metric: Metric, blocks: Sequence[Block], tolerance: float) -> float:
+    """Return how often a gate without statistics would fail a build against itself.
+
+    That gate starts each build once and fails if the median of the new one's requests is worse
+    than the median of the other's by more than the tolerance. Every start is compared with every
+    other, in both roles.
+
+    Args:
+        metric: What was measured.
+        blocks: Of a build against itself, two at least: each has a start on either side.
+        tolerance: Relative change for the worse that is allowed.
+
+    Returns:
+        Share of the comparisons that fail.
+
+    Raises:
+        ValueError: Fewer than two blocks.
+    """
+    if len(blocks) < 2:  # noqa: PLR2004 - starts of one block are not independent
+        raise ValueError("a naive gate needs two blocks at least")
+    starts = np.array([np.median(side) for block in blocks for side in (block.base, block.new)])
+    # For the worse, as a share of the first: what the naive gate computes.
+    change = sign(metric) * (starts[np.newaxis, :] / starts[:, np.newaxis] - 1)
+    pairs = len(starts) * (len(starts) - 1)
+    return float((change > tolerance).sum() / pairs)
+
+
 def priors_of(spreads: Sequence[Spread]) -> tuple[Prior, Prior]:
     """The priors of a block's and of a launch's value, from every config and workload measured."""
     dfs = [one.df for one in spreads]

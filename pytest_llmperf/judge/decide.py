@@ -175,7 +175,8 @@ def disturbed(metric: Metric, what: str) -> Verdict:
     """
     reason = (
         f"{metric.name} cannot be compared: {what}, in every one of several tries: measure on a "
-        "quiet machine, or raise `llmperf_foreign_load` in the ini file to allow it"
+        "quiet machine whose GPUs are cool and nobody else's, or raise `llmperf_foreign_load` in "
+        "the ini file to allow busy cores"
     )
     return _nothing(metric, Outcome.INCOMPARABLE, reason, {"disturbed": what})
 

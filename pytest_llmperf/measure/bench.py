@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,13 @@ from pytest_llmperf.plan.config import Config, ModelFiles, Turn, Workload
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.client import too_slow
 from pytest_llmperf.serve.failure import shortage
-from pytest_llmperf.serve.launch import ServePlan, out_of_memory, server_environment, tail
+from pytest_llmperf.serve.launch import (
+    ServePlan,
+    out_of_memory,
+    server_environment,
+    shown,
+    tail,
+)
 from pytest_llmperf.serve.process import ServerProcess
 from pytest_llmperf.serve.throttle import Throttle
 
@@ -245,7 +250,7 @@ def run_bench(plan: BenchPlan, workloads: Sequence[Workload]) -> Benched:
         ToolError: If it cannot do its work whatever the workload.
     """
     plan.serve.folder.mkdir(parents=True, exist_ok=True)
-    done = Benched(Launch(plan.build.label, plan.config.name, "", "", time.time()))
+    done = Benched(Launch(plan.build.label, plan.config.name, "", ""))
     done.launch.model = plan.files.main.name
     groups: dict[tuple[int, int], list[Workload]] = {}
     for workload in sorted(workloads, key=lambda one: _turn(one).depth):
@@ -332,7 +337,7 @@ def _run(plan: BenchPlan, group: _Workloads) -> _Ran:
     """Run the tool once for workloads of the same lengths, the least deep first."""
     command = plan.command(group)
     process = _start(plan, command)
-    ran = _Ran(shlex.join(command), process.log)
+    ran = _Ran(shown(plan.build, command, plan.serve.cards), process.log)
     throttle: Throttle | None = None
     if plan.build.stopped_share:
         throttle = Throttle(process.pid, plan.build.stopped_share)
@@ -370,7 +375,8 @@ def _start(plan: BenchPlan, command: Sequence[str]) -> ServerProcess:
     log = plan.serve.folder / f"bench-{next(_numbers):03d}-{label}-{plan.config.name}.log"
     config_home = plan.serve.folder / "no-config"
     config_home.mkdir(exist_ok=True)
-    return ServerProcess(command, log, server_environment(plan.build, config_home))
+    env = server_environment(plan.build, config_home, plan.serve.cards)
+    return ServerProcess(command, log, env)
 
 
 def _text(log: Path) -> str:

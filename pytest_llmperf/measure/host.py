@@ -10,14 +10,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from pytest_llmperf.serve.container import boxed_by
 from pytest_llmperf.serve.process import server_pids
 
 UNSTEADY = 0.25
@@ -30,11 +32,26 @@ _FEWEST = 3
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
+    """What processors did since they were switched on, in seconds.
+
+    Attributes:
+        at: Time of the reading.
+        busy: Of all processors, with anything.
+        steal: Taken by the host's other guests.
+        used: Process id to name and own time.
+        family: This run's tree of processes.
+        boxed: Processes in containers of this run's servers.
+        mine: Of the family, with all of it that has ended.
+        throttled: How often the processor throttled.
+    """
+
     at: float
     busy: float
     steal: float
     used: Mapping[int, tuple[str, float]]
-    ended: float
+    family: Collection[int]
+    boxed: Collection[int]
+    mine: float
     throttled: int
 
 
@@ -76,14 +93,13 @@ class Watch:
         """Return the foreign load since the watch began."""
         begin, end = self._begin, _read()
         seconds = max(end.at - begin.at, 1e-3)
-        ours = _ours()
         spent = {
             pid: used - begin.used.get(pid, ("", 0.0))[1] for pid, (_, used) in end.used.items()
         }
-        # What ended meanwhile, such as a llama-bench that is done, was ours too.
-        mine = sum(used for pid, used in spent.items() if pid in ours) + end.ended - begin.ended
+        mine = end.mine - begin.mine + sum(spent.get(pid, 0.0) for pid in end.boxed)
         busy = end.busy - begin.busy
         steal = (end.steal - begin.steal) / seconds
+        ours = {*end.family, *end.boxed}
         others = {pid: used for pid, used in spent.items() if pid not in ours and used > 0}
         worst = ""
         if others:
@@ -103,30 +119,111 @@ def _read() -> _Reading:
     idle = times.idle + getattr(times, "iowait", 0.0)
     # Linux counts a guest's time in `user` as well.
     twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
-    used = {}
-    for process in psutil.process_iter(["name", "cpu_times"]):
+    used, ended, parents = {}, {}, {}
+    for process in psutil.process_iter(["name", "ppid", "cpu_times"]):
         spent = process.info["cpu_times"]
         if spent is not None:
             used[process.pid] = (str(process.info["name"]), spent.user + spent.system)
+            ended[process.pid] = _of_children(process.pid, spent)
+            parents[process.pid] = process.info["ppid"]
+    family, boxed = _ours(parents)
     return _Reading(
         at=time.monotonic(),
         busy=sum(times) - idle - twice,
         steal=getattr(times, "steal", 0.0),
         used=used,
-        ended=os.times().children_user + os.times().children_system,
+        family=family,
+        boxed=boxed,
+        # What ended, such as a llama-bench that is done, is counted with whoever started it.
+        mine=sum(used[pid][1] + ended[pid] for pid in family if pid in used),
         throttled=_throttled(),
     )
 
 
-def _ours() -> set[int]:
-    me = psutil.Process()
-    ours = {me.pid, *(child.pid for child in me.children(recursive=True))}
+def _of_children(pid: int, times: Any) -> float:  # noqa: ANN401 - differs from system to system
+    """Return the processor time of what a process started and outlived, in seconds."""
+    if pid == os.getpid():
+        # Told on every system, and of the same moment for all threads.
+        own = os.times()
+        return own.children_user + own.children_system
+    return float(getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0))
+
+
+_family: set[int] = set()
+"""Process id of the controller of pytest-xdist, if this is one of its workers on its machine."""
+
+
+def share(controller: int) -> None:
+    """Count the other workers of a run, and their servers, as ours.
+
+    Args:
+        controller: Process id of the controller; a worker on another machine has another parent.
+    """
+    _family.clear()
+    if controller == os.getppid():
+        _family.add(controller)
+
+
+def is_ours(pid: int) -> bool:
+    """Return whether a process is of this run: of its tree, or of a container of its servers.
+
+    One that has ended, or cannot be seen from here, is not. May be called in any thread.
+    """
+    line = _line(pid)
+    if line & {_root(), *_servers()}:
+        return True
+    owners = {boxed_by(one) for one in line} if _family else set()
+    return any(owner is not None and _root() in _line(owner) for owner in owners)
+
+
+def _line(pid: int) -> set[int]:
+    """Return a process with all that it descends from; empty if it has ended."""
+    # Not psutil.process_iter(): that is not for several threads.
+    try:
+        return {pid, *(parent.pid for parent in psutil.Process(pid).parents())}
+    except psutil.Error:
+        return set()
+
+
+def _root() -> int:
+    return next(iter(_family), os.getpid())
+
+
+def _servers() -> set[int]:
+    while True:
+        # Another thread may start one just now.
+        with suppress(RuntimeError):
+            return server_pids()
+
+
+def _ours(parents: Mapping[int, int | None]) -> tuple[set[int], set[int]]:
+    """Return our processes: those of this run's tree, and those in containers of its servers.
+
+    Args:
+        parents: Process id to that of its parent, for all that run.
+    """
+    family = _tree({_root()}, parents)
     # A container's processes descend from its engine, not from us.
-    for pid in server_pids() - ours:
-        with suppress(psutil.Error):
-            server = psutil.Process(pid)
-            ours |= {pid, *(child.pid for child in server.children(recursive=True))}
-    return ours
+    servers = _servers() - family
+    if _family:
+        servers |= {pid for pid in parents.keys() - family if boxed_by(pid) in family}
+    return family, _tree(servers & parents.keys(), parents) - family
+
+
+def _tree(roots: set[int], parents: Mapping[int, int | None]) -> set[int]:
+    """Return processes with all that descend from them."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        if parent is not None:
+            children.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    left = list(roots)
+    while left:
+        pid = left.pop()
+        if pid not in found:
+            found.add(pid)
+            left += children.get(pid, [])
+    return found
 
 
 def _throttled() -> int:

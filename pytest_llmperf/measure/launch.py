@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ import psutil
 
 from pytest_llmperf.errors import CheckError
 from pytest_llmperf.measure.asking import Askings
-from pytest_llmperf.measure.gpu import vram_mib
 from pytest_llmperf.measure.logfacts import LogFacts, read_log
+from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.measure.prompts import Request, Script
 from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
@@ -28,6 +27,10 @@ PROTOCOL = 1
 
 Samples = dict[str, list[float]]
 """Metric name to one value a sample."""
+
+GPU_WARM_UPS = 2
+"""Runs of a workload before it counts on a GPU: the first makes the kernels and graphs of its
+shapes, and the second is the first that uses them."""
 
 _MIB = 1024 * 1024
 _SHARED = 32
@@ -50,12 +53,12 @@ class Launch:
         config: Name of the config.
         command: As one would type it.
         log: Path of the log, ``""`` for an endpoint.
-        started: Unix time.
         samples: Workload name to samples; :data:`LAUNCH` for what the start itself shows.
-        facts: What the log tells about memory.
         vram: MiB by GPU index, as NVML tells it; empty where it does not.
-        vram_by_log: Whether the GPU memory is the sum of the buffers that the log tells, for
-            devices that NVML does not know; it lacks what the backend itself needs.
+        vram_by: What tells the GPU memory: ``processes`` for NVML of the server's own, ``use`` for
+            what the GPUs' use grew by where NVML does not name them, ``log`` for the sum of the
+            buffers there, for devices that NVML does not know; it lacks what the backend needs.
+        gpu: What its GPUs did while it ran, as JSON values; empty where NVML knows none.
         requests: Requests answered, warm-ups included.
         digests: Workload name to the digest of its token ids.
         model: Name of the model file, as the server tells it.
@@ -67,11 +70,10 @@ class Launch:
     config: str
     command: str
     log: str
-    started: float
     samples: dict[str, Samples] = field(default_factory=dict)
-    facts: LogFacts | None = None
     vram: Mapping[int, float] = field(default_factory=dict)
-    vram_by_log: bool = False
+    vram_by: str = ""
+    gpu: Mapping[str, object] = field(default_factory=dict)
     requests: int = 0
     digests: dict[str, str] = field(default_factory=dict)
     model: str = ""
@@ -93,10 +95,16 @@ class Session:
     Args:
         server: Ready server.
         tokens: Ids of the shipped text under the model's tokenizer, see :func:`text_tokens`.
+        on_gpu: Its GPUs, looked at since before it started; None for no look at any.
     """
 
-    def __init__(self, server: Server, tokens: list[int]) -> None:
+    def __init__(self, server: Server, tokens: list[int], on_gpu: OnGpu | None = None) -> None:
         self.server = server
+        self._on_gpu = on_gpu or OnGpu((), lambda _text: None)
+        self.begun: dict[str, int] = {}
+        """Workload name to the requests that were answered before it."""
+        self._pids: set[int] = set()
+        self._spent: dict[str, tuple[int, float]] = {}
         self._askings = Askings(server, tokens)
         self._scripts: dict[str, Script] = {}
         self._counts: dict[tuple[str, int], int] = {}
@@ -105,7 +113,6 @@ class Session:
             config=server.config.name,
             command=server.shown_command,
             log=str(server.log or ""),
-            started=time.time(),
             model=server.build.model or Path(str(server.props.get("model_path", ""))).name,
         )
 
@@ -125,34 +132,95 @@ class Session:
             probe = Workload("probe", (Turn(prompt, 16),))
             self._ask(self._askings.of(probe).script(probe), "probe")
         launch = self.launch
-        samples: Samples = {}
-        if self.server.load_ms is not None:
-            samples["load_ms"] = [self.server.load_ms]
-        launch.facts = facts = read_log(self.server.log_text())
-        for name, value in (
-            ("model_mib", facts.model_mib),
-            ("kv_mib", facts.kv_mib),
-            ("compute_mib", facts.compute_mib),
-            ("offloaded_layers", facts.offloaded_layers),
-            ("graph_splits", facts.graph_splits),
-            ("n_ctx", room or None),
-        ):
-            if value is not None:
-                samples[name] = [float(value)]
+        facts = read_log(self.server.log_text())
+        samples: Samples = {
+            name: [float(value)]
+            for name, value in (
+                ("load_ms", self.server.load_ms),
+                ("model_mib", facts.model_mib),
+                ("kv_mib", facts.kv_mib),
+                ("compute_mib", facts.compute_mib),
+                ("offloaded_layers", facts.offloaded_layers),
+                ("graph_splits", facts.graph_splits),
+                ("n_ctx", room or None),
+            )
+            if value is not None
+        }
         if self.server.pid is not None and (tree := process_tree(self.server.pid)):
             samples["rss_mib"] = [rss_mib(tree)]
-            launch.vram = vram_mib([process.pid for process in tree])
         if self.server.log is not None:
             # Told even where the process cannot be seen, as of a container in another machine.
-            launch.vram_by_log = not launch.vram and bool(facts.gpu_mib)
-            if on_gpu := sum((launch.vram or facts.gpu_mib).values()):
-                samples["vram_mib"] = [on_gpu]
+            launch.vram, launch.vram_by = self._on_gpu.held_mib(self._processes())
+            if not launch.vram and facts.gpu_mib:
+                launch.vram_by = "log"
+            if held := sum((launch.vram or facts.gpu_mib).values()):
+                samples["vram_mib"] = [held]
+            self._require_gpu(facts)
         elif self.server.build.api == "ollama":
             client, model = self.server.client, self.server.build.model
             launch.model = with_digest(client.get("/api/tags"), model)
-            if (held := memory_mib(client.get("/api/ps"), model)) is not None:
-                samples["vram_mib"] = [held]
+            if (loaded := memory_mib(client.get("/api/ps"), model)) is not None:
+                samples["vram_mib"] = [loaded]
         launch.samples[LAUNCH] = samples
+
+    def _processes(self) -> set[int]:
+        """Return the ids of all processes that the server was seen to have."""
+        if self.server.pid is not None:
+            self._pids |= {process.pid for process in process_tree(self.server.pid)}
+        return self._pids
+
+    def _require_gpu(self, facts: LogFacts) -> None:
+        """Refuse to measure a server that was to use a GPU and computes on the CPU.
+
+        Raises:
+            CheckError: With what shows it.
+        """
+        config, build = self.server.config, self.server.build
+        options = server_options(build, config)
+        if not config.gpu or str(options.get("gpu-layers")) == "0":
+            return
+        if facts.offloaded_layers == 0:
+            told = f"its log says that 0 of {facts.layers} layers are on a GPU"
+        elif facts.devices and not facts.gpu_mib:
+            # Whatever it holds there, and whatever number of layers it says: b11434 with
+            # `--device none` holds 518 MiB of an H200 and says that all layers are offloaded.
+            told = f"all its buffers are the CPU's ({', '.join(facts.devices)})"
+        else:
+            return
+        raise CheckError(
+            f"config {config.name}: {build.label} fell back to the CPU: {told}; its GPU runtime "
+            "is missing, the GPU's memory is taken, or `fit` found no room for a layer; see "
+            f"{self.server.log}"
+        )
+
+    @property
+    def disturbed(self) -> str:
+        """What its GPUs did that makes its timings theirs rather than the build's, or ``""``."""
+        return self._on_gpu.disturbed
+
+    def stop(self) -> None:
+        """Stop the server, and keep what its GPUs did. Safe to call again."""
+        pids, launch = self._processes(), self.launch
+        if not self.server.stopped:
+            launch.gpu = self._on_gpu.facts()
+            # A server that ends within a tenth of a second is not sampled, but was asked once.
+            peak = max(self._on_gpu.peak_mib(pids) or 0.0, sum(launch.vram.values()))
+            if peak and LAUNCH in launch.samples:
+                launch.samples[LAUNCH]["vram_peak_mib"] = [peak]
+        self.server.stop()
+
+    def close(self, *, check: bool = True) -> None:
+        """Stop the server, and wait until its GPUs' memory is free. Safe to call again.
+
+        Args:
+            check: Whether memory that stays is an error; not where another one is on its way.
+
+        Raises:
+            LeakError: If it leaves GPU memory taken.
+        """
+        self.stop()
+        launch = self.launch
+        self._on_gpu.end(self._pids, f"{launch.build} for config {launch.config}", check=check)
 
     def context(self) -> int:
         """Return the context of one slot in tokens, 0 if the server does not say."""
@@ -204,14 +272,22 @@ class Session:
             self.launch.digests[workload.name] = script.digest
         return self._scripts[workload.name]
 
+    @property
+    def warm_ups(self) -> int:
+        """How often a workload is run before it counts."""
+        return GPU_WARM_UPS if self.server.config.gpu else 1
+
     def warm_up(self, workload: Workload) -> None:
-        """Run the workload once without counting it.
+        """Run the workload as often as it takes, without counting it.
 
         Raises:
             ServerError: If the server fails on it.
             CheckError: If an answer must not be counted.
         """
-        self._ask(self.script(workload), f"warm-up of {workload.name}")
+        script = self.script(workload)
+        for number in range(1, self.warm_ups + 1):
+            which = "warm-up" if self.warm_ups == 1 else f"warm-up {number} of {self.warm_ups}"
+            self._ask(script, f"{which} of {workload.name}")
 
     def sample(self, workload: Workload) -> None:
         """Run the workload once and add its sample to the launch.
@@ -222,17 +298,30 @@ class Session:
         """
         taken = self.launch.samples.setdefault(workload.name, {})
         number = len(next(iter(taken.values()), [])) + 1
-        replies, wall_ms = self._ask(self.script(workload), f"sample {number} of {workload.name}")
+        replies, wall_ms, joules = self._ask(
+            self.script(workload), f"sample {number} of {workload.name}"
+        )
         for metric, value in measured(replies, workload.parallel, wall_ms).items():
             taken.setdefault(metric, []).append(value)
+        if joules:
+            # One value for all samples: the counter moves in steps that are long for one request.
+            before = self._spent.get(workload.name, (0, 0.0))
+            tokens = before[0] + sum(reply.predicted_n for reply in replies)
+            self._spent[workload.name] = tokens, before[1] + joules
+            taken["tokens_per_joule"] = [tokens / (before[1] + joules)]
 
-    def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float]:
-        """Send the requests, round by round; return the replies and the rounds' milliseconds."""
+    def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float, float]:
+        """Send the requests, round by round.
+
+        Returns:
+            The replies, the rounds' milliseconds, and the energy that the GPUs took meanwhile in
+            joules, 0 where that is not told.
+        """
         workload, client = script.workload, self.server.client
         asking = self._askings.of(workload)
         limit = Limit.of(workload.limit)
         replies: list[Reply] = []
-        wall_ms = 0.0
+        wall_ms = joules = 0.0
         for requests in script.rounds:
             names = [
                 f"{self.server.config.name} on {self.server.build.label}: {purpose}, request "
@@ -243,6 +332,7 @@ class Session:
                 if request.depth:
                     tokens = request.prompt[: request.depth]
                     client.prime(tokens, f"{what}, before the clock starts", slot=slot, limit=limit)
+            before = self._on_gpu.energy_j()
             taken, ms = client.ask(
                 [
                     asking.ask(request, what, slot, workload)
@@ -250,6 +340,9 @@ class Session:
                 ],
                 limit,
             )
+            after = self._on_gpu.energy_j()
+            if before is not None and after is not None:
+                joules += after - before
             for request, reply, what in zip(requests, taken, names, strict=True):
                 key = (workload.name, len(replies))
                 check(reply, request, what, self._counts.get(key))
@@ -258,7 +351,7 @@ class Session:
                 replies.append(reply)
                 self.launch.requests += 1
             wall_ms += ms
-        return replies, wall_ms
+        return replies, wall_ms, joules
 
 
 def _shown(request: Request, workload: Workload) -> str:

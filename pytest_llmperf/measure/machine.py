@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from pytest_llmperf.measure.gpu import gpus
+from pytest_llmperf.gpu.cards import Gpu, gpus
 
 _GIB = 1024
 _LONGEST = 52
@@ -27,7 +27,7 @@ def machine(key: str | None = None) -> Mapping[str, object]:
     cards = gpus()
     return {
         "key": key or _key(),
-        "gpu": [{"name": card.name, "memory_mib": card.total_mib} for card in cards],
+        "gpu": [_facts(card) for card in cards],
         "driver": cards[0].driver if cards else None,
         "cpu": f"{_cpu()}, {os.cpu_count()} cores",
         "os": f"{platform.system()} {platform.machine()}",
@@ -37,13 +37,32 @@ def machine(key: str | None = None) -> Mapping[str, object]:
 def machine_fingerprint(key: str | None = None) -> dict[str, str]:
     """Return what must be equal for two results of one machine to be comparable."""
     facts = machine(key)
-    cards = ", ".join(f"{card.name} {card.total_mib} MiB" for card in gpus())
-    return {
+    cards = gpus()
+    found = {
         "machine": str(facts["key"]),
-        "gpu": cards or "none",
+        "gpu": ", ".join(f"{card.name} {card.total_mib} MiB" for card in cards) or "none",
         "driver": str(facts["driver"] or "none"),
         "cpu": str(facts["cpu"]),
     }
+    # Only where one is told: what was recorded without stays comparable elsewhere.
+    if any(card.power_limit_w is not None for card in cards):
+        limits = [_limit(card) for card in cards]
+        found["power_limit"] = limits[0] if len(set(limits)) == 1 else ", ".join(limits)
+    return found
+
+
+def _facts(card: Gpu) -> dict[str, object]:
+    """Return a GPU of the machine block, which is public: without the UUID."""
+    facts: dict[str, object] = {"name": card.name, "memory_mib": card.total_mib}
+    if card.power_limit_w is not None:
+        facts["power_limit_w"] = round(card.power_limit_w)
+    if card.persistence is not None:
+        facts["persistence"] = card.persistence
+    return facts
+
+
+def _limit(card: Gpu) -> str:
+    return "untold" if card.power_limit_w is None else f"{card.power_limit_w:.0f} W"
 
 
 def _key() -> str:

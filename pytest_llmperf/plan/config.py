@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -62,6 +62,9 @@ class Config:
         budgets: Quality metric to the value, in its unit, that must not be exceeded whatever the
             baseline.
         draft: A name in ``[models]``: the model that drafts for this one; ``""`` for none.
+        gpus: Cards that a GPU config takes.
+        exclusive: Whether it is measured with nothing else on the whole machine; None leaves that
+            to :func:`is_exclusive`.
     """
 
     name: str
@@ -75,6 +78,58 @@ class Config:
     against: str = ""
     budgets: Mapping[str, float] = field(default_factory=dict)
     draft: str = ""
+    gpus: int = 1
+    exclusive: bool | None = None
+
+    @property
+    def cards(self) -> int:
+        """How many GPUs it is measured on."""
+        return self.gpus if self.gpu else 0
+
+
+_DRAFTS = {
+    "spec-draft-cpu-moe": "cpu-moe",
+    "spec-draft-n-cpu-moe": "n-cpu-moe",
+    "spec-draft-override-tensor": "override-tensor",
+    "spec-draft-ngl": "gpu-layers",
+    "spec-draft-device": "device",
+}
+"""Options of the model that drafts, and those of the other model that they are like."""
+
+
+def _overrides(value: OptionValue) -> bool:
+    rules = ",".join(value) if isinstance(value, tuple) else str(value)
+    return any("CPU" in rule.rpartition("=")[2] for rule in rules.split(","))
+
+
+_LEAVES_WORK: Mapping[str, Callable[[OptionValue], bool]] = {
+    "cpu-moe": lambda value: value is True,
+    "n-cpu-moe": lambda value: str(value) != "0",
+    "kv-offload": lambda value: value is False,
+    "gpu-layers": lambda value: str(value) == "0",
+    "override-tensor": _overrides,
+    "device": lambda value: value == "none",
+    "fit": lambda value: value == "on",
+}
+"""Options that have a part of a model kept or computed by the CPU, and with which values."""
+
+
+def is_exclusive(config: Config) -> bool:
+    """Return whether a config is measured with nothing else on the whole machine.
+
+    What runs on the CPU always is. On GPUs that is for the config to say; where it does not, it is
+    if one of its options leaves work to the CPU. What a server leaves there by itself, since not
+    all layers fit, cannot be known before it starts.
+    """
+    if not config.gpu:
+        return True
+    if config.exclusive is not None:
+        return config.exclusive
+    for name, value in config.options.items():
+        leaves_work = _LEAVES_WORK.get(_DRAFTS.get(name, name))
+        if leaves_work is not None and leaves_work(value):
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ _ENDING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*")
 _LEAST_CONTEXT = 32
 _CONFIG_KEYS = (
     *("model", "draft", "extends", "options", "env-file", "gpu", "marks", "tolerances"),
-    *("against", "budgets", "help", "reference"),
+    *("against", "budgets", "help", "reference", "gpus", "exclusive"),
 )
 _SIZES = ("context", "batch", "ubatch", "chunks")
 
@@ -536,6 +536,28 @@ class _Reader:
             )
         return name
 
+    def cards(
+        self, table: Mapping[str, object], parent: Config | None, *where: str, gpu: bool
+    ) -> tuple[int, bool | None]:
+        """Return how many GPUs a config takes, and whether it says that it wants no company."""
+        gpus = self.take(table, "gpus", int, parent.gpus if parent else 1, *where)
+        if gpus < 1:
+            raise self.fail(f"`gpus` must be at least 1, not {gpus}", *where, "gpus")
+        exclusive = parent.exclusive if parent else None
+        if "exclusive" in table:
+            exclusive = self.take(table, "exclusive", bool, bool(exclusive), *where)
+        if not gpu and "gpus" in table:
+            raise self.fail("`gpus` is for a config with gpu = true", *where, "gpus")
+        if not gpu and table.get("exclusive") is False:
+            raise self.fail(
+                "exclusive = false is for a config with gpu = true: what runs on the CPU takes "
+                "turns with all else",
+                *where,
+                "exclusive",
+            )
+        # A config that takes the GPU of the one it extends back takes back the rest of it too.
+        return (gpus, exclusive) if gpu else (1, exclusive or None)
+
     def configs(
         self, tables: dict[str, dict[str, object]], models: Mapping[str, Model]
     ) -> dict[str, Config]:
@@ -579,6 +601,8 @@ class _Reader:
                         f"no env-file {self.path.parent / env_file}", *where, "env-file"
                     )
                 from_file = read_env_file(self.path.parent / env_file)
+            gpu = self.take(table, "gpu", bool, parent.gpu if parent else False, *where)
+            gpus, exclusive = self.cards(table, parent, *where, gpu=gpu)
             tolerances = self.tolerances(table.get("tolerances", {}), *where, "tolerances")
             budgets = self.budgets(table.get("budgets", {}), *where, "budgets")
             inherited: Mapping[str, OptionValue] = parent.options if parent else {}
@@ -586,7 +610,9 @@ class _Reader:
                 name=name,
                 model=model,
                 options={**inherited, **from_file, **self.options(table, *where)},
-                gpu=self.take(table, "gpu", bool, parent.gpu if parent else False, *where),
+                gpu=gpu,
+                gpus=gpus,
+                exclusive=exclusive,
                 marks=self.strings(table, "marks", *where)
                 if "marks" in table
                 else (parent.marks if parent else ()),

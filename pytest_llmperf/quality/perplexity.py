@@ -20,9 +20,8 @@ import math
 import os
 import re
 import select
-import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -33,9 +32,10 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import dialect_of
 from pytest_llmperf.build.tools import PERPLEXITY, tool_of
 from pytest_llmperf.errors import LlmperfError, OutOfMemoryError, ToolError
+from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.failure import shortage
-from pytest_llmperf.serve.launch import server_environment, tail
+from pytest_llmperf.serve.launch import server_environment, shown, tail
 from pytest_llmperf.serve.process import ServerProcess
 
 _PLANNED = re.compile(r"calculating perplexity over (\d+) chunks")
@@ -184,6 +184,7 @@ def run_perplexity(
     plan: PassPlan,
     *,
     consume: Callable[[BinaryIO], object] | None = None,
+    cards: Sequence[Gpu] = (),
 ) -> Perplexity:
     """Pass a corpus through a model by the build's own tool.
 
@@ -196,6 +197,7 @@ def run_perplexity(
         consume: Reads the log-probabilities of every scored token from a stream, in the layout of
             ``--kl-divergence-base``, while the tool writes them; it raises if any are missing. It
             runs in a thread of its own.
+        cards: The GPUs that the tool may use; empty for all that there are.
 
     Returns:
         The pass, partial if the tool did not get through; see ``Perplexity.failure``.
@@ -210,7 +212,8 @@ def run_perplexity(
     plan.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     for left in reversed(range(_TRIES)):
-        found, wrong = _once(build, compose(build, options, model, corpus, plan), plan, consume)
+        command = compose(build, options, model, corpus, plan)
+        found, wrong = _once(build, command, plan, consume, cards)
         if wrong is not None:
             raise wrong
         if found.failure != _LOST:
@@ -242,6 +245,7 @@ def _once(
     command: list[str],
     plan: PassPlan,
     consume: Callable[[BinaryIO], object] | None,
+    cards: Sequence[Gpu],
 ) -> tuple[Perplexity, Exception | None]:
     """Run the tool once; return what its log says, and what was wrong with its stream."""
     label = re.sub(r"[^\w.+-]", "_", build.label)
@@ -253,7 +257,7 @@ def _once(
             command = [*command, "--kl-divergence-base", str(reader.path)]
         config_home = plan.folder / "no-config"
         config_home.mkdir(exist_ok=True)
-        process = ServerProcess(command, log, server_environment(build, config_home))
+        process = ServerProcess(command, log, server_environment(build, config_home, cards))
         try:
             ended = _watch(process, log, plan, reader)
         except BaseException as error:
@@ -264,7 +268,8 @@ def _once(
         finally:
             status = process.stop()
     how = process.describe_exit()
-    found = replace(_outcome(log, status, how), command=shlex.join(command), log=str(log))
+    told = shown(build, command, cards)
+    found = replace(_outcome(log, status, how), command=told, log=str(log))
     wrong = None if reader is None else reader.error
     whole = not found.failure or (found.failure == _LOST and len(found.running) == found.planned)
     if isinstance(wrong, LeftAloneError) and whole:

@@ -72,7 +72,15 @@ class Side:
             )
         else:
             options = {**self.config.options, **self.build.options}
-            found = run_perplexity(self.build, options, self.model, corpus, plan, consume=consume)
+            found = run_perplexity(
+                self.build,
+                options,
+                self.model,
+                corpus,
+                plan,
+                consume=consume,
+                cards=self.serve.cards,
+            )
         if found.partial:
             raise PartialPassError(
                 f"the pass of {self.build.label} {found.failure}; perplexity so far "

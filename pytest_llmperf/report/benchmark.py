@@ -54,6 +54,7 @@ def replay(request: pytest.FixtureRequest, result: Result) -> None:
             "baseline": result.base.label if result.base else None,
             "machine": result.machine,
             "verdicts": {v.metric: v.outcome.value for v in result.verdicts},
+            **({"roofline": dict(result.roofline)} if result.roofline else {}),
         }
     )
     benchmark.pedantic(lambda: clock.advance(next(rounds)), rounds=len(samples), iterations=1)

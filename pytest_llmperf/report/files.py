@@ -11,8 +11,16 @@ import jinja2
 
 from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.store import write_atomic
+from pytest_llmperf.report.gpus import gpu_lines
 from pytest_llmperf.report.result import Result
-from pytest_llmperf.report.wording import HEADER, partial_told, rows, run_bound
+from pytest_llmperf.report.wording import (
+    HEADER,
+    bandwidth_told,
+    partial_told,
+    roofline_told,
+    rows,
+    run_bound,
+)
 
 SCHEMA = 1
 """Version of ``results.json``."""
@@ -53,6 +61,8 @@ def _render(results: Sequence[Result]) -> str:
         {
             "cells": cells,
             "outcome": verdict.outcome.value,
+            "bandwidth": bandwidth_told(result, verdict),
+            "roofline": roofline_told(result),
             "reason": "\n".join(filter(None, (verdict.reason, partial_told(result)))),
             "nodeid": result.nodeid,
             "command": result.new.command,
@@ -68,9 +78,17 @@ def _render(results: Sequence[Result]) -> str:
         counts[verdict.outcome.value] = counts.get(verdict.outcome.value, 0) + 1
     return environment.from_string(source).render(
         header=HEADER,
+        measured=HEADER.index("measured"),
         lines=lines,
         counts=counts,
         builds=list(dict.fromkeys(result.new.about for result in results)),
         baselines=list(dict.fromkeys(r.base.about for r in results if r.base is not None)),
         machines=list(dict.fromkeys(result.machine for result in results)),
+        gpus=[(result.case, told) for result in results if (told := _gpus(result))],
     )
+
+
+def _gpus(result: Result) -> list[tuple[str, list[str]]]:
+    """Return the builds of a result that GPUs were looked at for, with a line for each GPU."""
+    sides = [side for side in (result.new, result.base) if side is not None]
+    return [(side.label, lines) for side in sides if (lines := gpu_lines(side))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 import time
 from typing import Protocol
 
@@ -23,24 +25,29 @@ class Announced(Protocol):
 class Progress:
     """A line that is overwritten on a terminal, and one every ten seconds in a log.
 
+    A worker of pytest-xdist has no terminal of its own: it writes lines to standard error, and
+    leaves it to the controller to say what is compared with what.
+
     Args:
         config: Of the running pytest.
     """
 
     def __init__(self, config: pytest.Config) -> None:
+        self._config = config
         self._capture = config.pluginmanager.getplugin("capturemanager")
-        reporter = config.pluginmanager.getplugin("terminalreporter")
+        self._worker = str(getattr(config, "workerinput", {}).get("workerid", ""))
+        # A worker has a reporter too, whose lines nobody sees.
+        reporter = None if self._worker else config.pluginmanager.getplugin("terminalreporter")
         self._reporter: pytest.TerminalReporter | None = reporter
         self._last = 0.0
         self._shown = False
 
     def __call__(self, text: str) -> None:
         """Show ``text`` for as long as nothing newer comes."""
-        reporter = self._reporter
-        if reporter is None or reporter.config.get_verbosity() < -1:
+        if self._config.get_verbosity() < -1:
             return
         now = time.monotonic()
-        if reporter.isatty:
+        if self._reporter is not None and self._reporter.isatty:
             # pytest's own line, `test_speed.py ...`, stays as it is; ours comes below it.
             self._write(f"llmperf: {text}", transient=True, below=not self._shown)
             self._shown = True
@@ -56,15 +63,22 @@ class Progress:
 
     def announce(self, run: Announced) -> None:
         """Write what is compared with what, before the first test."""
-        if self._reporter is not None and self._reporter.config.get_verbosity() >= 0:
+        if self._worker:
+            workeroutput: dict[str, object] = getattr(self._config, "workeroutput", {})
+            workeroutput["llmperf_headline"] = run.headline
+        elif self._reporter is not None and self._config.get_verbosity() >= 0:
             for line in run.headline:
                 self._write(f"llmperf: {line}", transient=False)
 
     def _write(self, text: str, *, transient: bool, below: bool = False) -> None:
         reporter = self._reporter
-        if reporter is None:
-            return
-        with self._capture.global_and_fixture_disabled():
+        with self._uncaptured():
+            if reporter is None:
+                if self._worker:
+                    # At once and as a whole, or lines of several workers would mix.
+                    sys.stderr.write(f"[{self._worker}] {text}\n")
+                    sys.stderr.flush()
+                return
             if below:
                 reporter.ensure_newline()
             if transient:
@@ -75,3 +89,11 @@ class Progress:
             else:
                 reporter.ensure_newline()
                 reporter.write_line(text)
+
+    def _uncaptured(self) -> contextlib.AbstractContextManager[None]:
+        if self._capture is None:
+            return contextlib.nullcontext()
+        uncaptured: contextlib.AbstractContextManager[None] = (
+            self._capture.global_and_fixture_disabled()
+        )
+        return uncaptured

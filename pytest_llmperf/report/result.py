@@ -23,6 +23,8 @@ class Side:
         build: The build block of a baseline file.
         command: The exact server command, ``""`` where nothing was started.
         logs: Log files, newest last.
+        gpu: How its launches used the GPUs: ``rate_hz``, at which they were looked at, and
+            ``cards``, one mapping a GPU; empty where nobody looked. Any figure may be None.
     """
 
     label: str
@@ -30,6 +32,7 @@ class Side:
     build: Mapping[str, object] = field(default_factory=dict)
     command: str = ""
     logs: tuple[str, ...] = ()
+    gpu: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ class Result:
             with, to be kept with a baseline; ``""`` for none.
         partial: What was answered of a workload before it failed, never judged: ``build``, ``how``,
             ``answered`` and ``asked`` requests, ``samples`` by metric; empty if nothing failed.
+        roofline: How near decoding came to what the memory allows: ``gb_per_token``,
+            ``bandwidth_gbs`` and its ``source``, and the share of the bandwidth that the build
+            under test (``new``) and the baseline (``base``) used, None if unmeasured; ``notes`` on
+            what was not counted; empty where that means nothing.
     """
 
     nodeid: str
@@ -63,6 +70,7 @@ class Result:
     options: str = ""
     reference: str = ""
     partial: Mapping[str, Any] = field(default_factory=dict)
+    roofline: Mapping[str, Any] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """Return the result as one line of JSON."""
@@ -77,6 +85,7 @@ class Result:
             "options": self.options,
             "reference": self.reference,
             "partial": dict(self.partial),
+            "roofline": dict(self.roofline),
             "measured": {name: [list(one) for one in all_] for name, all_ in self.measured.items()},
         }
         return json.dumps(data, sort_keys=True)
@@ -111,6 +120,8 @@ class Result:
                 options=data["options"],
                 reference=data["reference"],
                 partial=data["partial"],
+                # Results from before there was one have none.
+                roofline=data.get("roofline", {}),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an llmperf result: {error}") from error

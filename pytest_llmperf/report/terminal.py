@@ -14,6 +14,7 @@ from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import (
     HEADER,
+    bandwidth_told,
     columns,
     figure,
     partial_told,
@@ -67,11 +68,14 @@ def summarize(
         error: What went wrong after the tests, if anything did.
     """
     reporter.section("llmperf")
-    lines = [line for result in results for line in rows(result)]
-    header, *table = columns([HEADER, *(cells for cells, _ in lines)])
+    lines = [(result, *line) for result in results for line in rows(result)]
+    header, *table = columns([HEADER, *(cells for _, cells, _ in lines)])
     reporter.write_line(header, bold=True)
-    for text, (_, verdict) in zip(table, lines, strict=True):
-        reporter.write_line(text, **_COLOUR.get(verdict.outcome, _FAILED))
+    for text, (result, _, verdict) in zip(table, lines, strict=True):
+        # Behind the columns, not in one: few lines have it.
+        told = bandwidth_told(result, verdict)
+        line = f"{text}  {told}" if told else text
+        reporter.write_line(line, **_COLOUR.get(verdict.outcome, _FAILED))
     _sides(reporter, results)
     _closing(reporter, results, strict=strict)
     for one in written:

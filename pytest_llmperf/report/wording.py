@@ -9,6 +9,7 @@ from statistics import median
 from pytest_llmperf.judge._common import slack_text
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.gpus import gpu_lines, hundredths
 from pytest_llmperf.report.result import Result
 
 _MOST_NAMES = 3
@@ -117,6 +118,27 @@ def partial_told(result: Result) -> str:
     return f"{text}; those that worked, not judged: {', '.join(means)}"
 
 
+def bandwidth_told(result: Result, verdict: Verdict) -> str:
+    """Return what share of the memory's bandwidth a decode speed uses, ``""`` where untold."""
+    new, base = (result.roofline.get(side) for side in ("new", "base"))
+    if verdict.metric != "decode_tps" or verdict.new is None or new is None:
+        return ""
+    before = "" if base is None else f" ({hundredths(base)} before)"
+    return f"{hundredths(new)} of the bandwidth{before}"
+
+
+def roofline_told(result: Result) -> str:
+    """Return what the shares of the bandwidth rest on, ``""`` where there are none."""
+    told = result.roofline
+    if not told:
+        return ""
+    notes = "".join(f"; {note}" for note in told.get("notes") or ())
+    return (
+        f"a token reads {figure(told.get('gb_per_token'), 'GB')}, the memory "
+        f"{figure(told.get('bandwidth_gbs'), 'GB/s')} ({told.get('source')}){notes}"
+    )
+
+
 def row(result: Result, verdict: Verdict) -> tuple[str, ...]:
     """Return a line of the closing table, in the order of :data:`HEADER`."""
     unit = METRICS[verdict.metric].unit
@@ -173,25 +195,27 @@ def failure(result: Result, *, strict: bool) -> str:
     told = [f"{', '.join(names)} {verdict.outcome.value}" for verdict, names in causes]
     lines = [f"{result.case}: {', '.join(told)}"]
     for verdict, names in causes:
-        lines += ["", *_explain(verdict, names)]
+        lines += ["", *_explain(result, verdict, names)]
     if partial := partial_told(result):
         lines += ["", f"  {partial}"]
     lines += ["", f"  build under test  {result.new.about}"]
     if result.new.command:
         lines.append(f"    command         {result.new.command}")
     lines += [f"    log             {log}" for log in result.new.logs[-1:]]
+    lines += [f"    {text}" for text in gpu_lines(result.new)]
     if result.base is not None:
         lines.append(f"  baseline          {result.base.about}")
         if result.base.command:
             lines.append(f"    command         {result.base.command}")
         lines += [f"    log             {log}" for log in result.base.logs[-1:]]
+        lines += [f"    {text}" for text in gpu_lines(result.base)]
     lines.append(f"  machine           {result.machine}")
     if any(v.outcome is Outcome.REGRESSION for v in failing):
         lines += ["", _next_step(result)]
     return "\n".join(lines)
 
 
-def _explain(verdict: Verdict, names: Sequence[str]) -> list[str]:
+def _explain(result: Result, verdict: Verdict, names: Sequence[str]) -> list[str]:
     metric = METRICS[verdict.metric]
     lines = [f"  {', '.join(names)}: {verdict.outcome.value}: {verdict.reason}"]
     if verdict.base is not None and verdict.new is not None:
@@ -202,6 +226,8 @@ def _explain(verdict: Verdict, names: Sequence[str]) -> list[str]:
             f"{change}{ends}; allowed {allowed(verdict)}; {metric.better} is better"
         )
         lines.append(f"    {_behind(verdict)}")
+    if told := bandwidth_told(result, verdict):
+        lines.append(f"    {told}; {roofline_told(result)}")
     return lines
 
 

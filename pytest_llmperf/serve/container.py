@@ -30,6 +30,7 @@ _PORT = 8080
 _STATE = "{{json .State}} {{.HostConfig.Memory}}"
 _PLACE = "{{.State.Pid}} {{json .NetworkSettings.Ports}}"
 _MIB = 2**20
+_KEY_FILE = re.compile(rb"\0/llmperf/llmperf-(\d+)-[0-9a-f]{8}\.key\0")
 _FAILED = frozenset({125, 126, 127})
 """Exit codes of an engine's client that could not start the container."""
 
@@ -128,6 +129,7 @@ def box(
     *,
     gpu: bool,
     port: int = 0,
+    env: Mapping[str, str] | None = None,
 ) -> Boxed:
     """Return how a server runs in a container.
 
@@ -141,13 +143,14 @@ def box(
         key_file: Read-only for all, in a folder that only we can enter.
         gpu: Whether it is to have the GPUs.
         port: Port on this machine; 0 for a free one.
+        env: Variables beside those of the image and the build.
 
     Raises:
         ModelError: If a part of a split file is missing.
     """
     name = f"llmperf-{os.getpid()}-{secrets.token_hex(4)}"
     inside: dict[str, str] = {}
-    flags: list[str] = []
+    flags = [part for one, value in (env or {}).items() for part in ("--env", f"{one}={value}")]
     folders: dict[Path, int] = {}
     shown: dict[str, Path] = {}
     # By the words that name them, since an option may spell a path in a way of its own.
@@ -195,6 +198,20 @@ def _is_ours(pid: int, key: str) -> bool:
         return pid > 0 and key.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def boxed_by(pid: int) -> int | None:
+    """Return the process whose server the main process of a container is, None if it is none.
+
+    Args:
+        pid: Of this PID namespace.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return None
+    found = _KEY_FILE.search(command)
+    return int(found[1]) if found else None
 
 
 def check_signals(label: str, pid: int | None) -> None:

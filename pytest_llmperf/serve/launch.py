@@ -8,12 +8,12 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -21,7 +21,8 @@ from pytest_llmperf.build.ask import scrubbed_environment
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.dialect import Dialect, dialect_of
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, ServerError
-from pytest_llmperf.plan.config import Config, ModelFiles
+from pytest_llmperf.gpu.cards import Gpu, gpus
+from pytest_llmperf.plan.config import Config, ModelFiles, is_exclusive
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve.client import Client
 from pytest_llmperf.serve.container import Boxed, box, check_signals
@@ -39,6 +40,7 @@ happens just before the clock starts; no network.
 
 # What follows the address shows that it is whole: a log may be read in the middle of a line.
 _LISTENING = re.compile(rb"listening on (https?://[^\s,]+)[\s,]")
+_CARDS = "CUDA_VISIBLE_DEVICES"
 _CONFIG_FILE = re.compile(rb"using config file: *(\S+)\s")
 _POLL = 0.005
 # A server that accepts but does not answer must not outwait the start timeout.
@@ -47,6 +49,7 @@ _TAIL_LINES = 20
 # How long after a broken connection its server's end may come to be known.
 _DEATH = 2.0
 _numbers = count(1)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,14 @@ class ServePlan:
         timeout: Seconds a server may take to become ready.
         hang: Seconds without a byte after which a request counts as hung.
         progress: Is told when a start takes more than two seconds.
+        cards: The GPUs that they may use; empty for all that there are.
     """
 
     folder: Path
     timeout: float = 600.0
     hang: float = 300.0
     progress: Callable[[str], None] = field(default=lambda _text: None)
+    cards: tuple[Gpu, ...] = ()
 
 
 class Server:
@@ -92,6 +97,7 @@ class Server:
         load_ms: float | None,
         props: Mapping[str, Any],
         key_file: Path | None,
+        shown: str = "",
     ) -> None:
         self.build = build
         self.config = config
@@ -104,6 +110,7 @@ class Server:
         self.stopped = False
         self._process = process
         self._key_file = key_file
+        self._shown = shown
         self._throttle: Throttle | None = None
         if process is not None and build.stopped_share:
             self._throttle = Throttle(process.server_pid or process.pid, build.stopped_share)
@@ -115,9 +122,9 @@ class Server:
 
     @property
     def shown_command(self) -> str:
-        """The command as one would type it."""
+        """The command as one would type it, with the variables that choose its GPUs."""
         if self.command:
-            return shlex.join(self.command)
+            return self._shown or shlex.join(self.command)
         about = ""
         if self.build.api == "ollama":
             about = f", {told_options(self.config, self.build.model)}"
@@ -169,14 +176,52 @@ def server_options(build: Build, config: Config) -> dict[str, OptionValue]:
     return {**DEFAULTS, **config.options, **build.options}
 
 
-def server_environment(build: Build, config_home: Path) -> dict[str, str]:
+def needs(config: Config, builds: Iterable[Build | None]) -> tuple[int, bool]:
+    """Return what measuring a config on builds takes of this machine.
+
+    Returns:
+        How many GPUs, and whether nothing else may be measured meanwhile.
+    """
+    if all(build is None or build.url is not None for build in builds):
+        # Which GPUs a running server has is its own affair.
+        return 0, True
+    return config.cards, is_exclusive(config)
+
+
+def card_environment(build: Build, cards: Sequence[Gpu]) -> dict[str, str]:
+    """Return the variable that leaves a build's programs these GPUs alone.
+
+    Empty where they are all that there are, or the build has a choice of its own.
+    """
+    chosen = dict(build.container.env) if build.container is not None else build.env
+    if not cards or len(cards) >= len(gpus()) or _CARDS in chosen:
+        return {}
+    # By their ids: numbers mean others to CUDA than to NVML, and in a container.
+    return {_CARDS: ",".join(card.uuid for card in cards)}
+
+
+def shown(build: Build, command: Sequence[str], cards: Sequence[Gpu]) -> str:
+    """Return a command as one would type it, with the variables that choose its GPUs."""
+    # Those of a container are in its command.
+    chosen = {} if build.container is not None else card_environment(build, cards)
+    return shlex.join([*(f"{name}={value}" for name, value in chosen.items()), *command])
+
+
+def server_environment(
+    build: Build, config_home: Path, cards: Sequence[Gpu] = ()
+) -> dict[str, str]:
     """Return our environment without what would configure a server behind our back.
 
     That of a container is part of its command; its engine's client gets ours.
+
+    Args:
+        build: Whose program; its own variables win over all others.
+        config_home: An empty folder.
+        cards: The GPUs that it may use; empty for all that there are.
     """
     if build.container is not None:
         return scrubbed_environment({})
-    env = scrubbed_environment(build.env)
+    env = scrubbed_environment({**card_environment(build, cards), **build.env})
     # llama-server reads $XDG_CONFIG_HOME/llama.cpp/config.ini; ours is an empty folder.
     if "XDG_CONFIG_HOME" not in build.env:
         env["XDG_CONFIG_HOME"] = str(config_home)
@@ -271,13 +316,21 @@ def start(
     try:
         if build.container is not None:
             options = server_options(build, config)
-            boxed = box(build.container, files, options, key_file, gpu=config.gpu, port=port)
+            boxed = box(
+                build.container,
+                files,
+                options,
+                key_file,
+                gpu=config.gpu,
+                port=port,
+                env=card_environment(build, plan.cards),
+            )
         command = compose(build, config, files, key_file, port, boxed=boxed)
         began = time.perf_counter()
         process = ServerProcess(
             command,
             log,
-            server_environment(build, config_home),
+            server_environment(build, config_home, plan.cards),
             boxed.aftermath if boxed is not None else None,
         )
     except BaseException:
@@ -286,14 +339,14 @@ def start(
             log.unlink()
         raise
     client: Client | None = None
+    told = shown(build, command, plan.cards)
+    starting = _Start(process, plan, began, told)
     try:
-        url = _wait_listening(
-            process, plan, f"{build.label} for config {config.name}", began, command
-        )
+        url = starting.listening(f"{build.label} for config {config.name}")
         if boxed is not None:
             process.server_pid, url = boxed.place(url)
         client = Client(url, key, timeout=plan.hang, post_mortem=lambda: _post_mortem(process))
-        _wait_healthy(client, process, plan, began, command)
+        starting.healthy(client)
         load_ms = (time.perf_counter() - began) * 1e3
         props = _prove_ours(client, process)
         if build.stopped_share:
@@ -313,6 +366,7 @@ def start(
         load_ms=load_ms,
         props=props,
         key_file=key_file,
+        shown=told,
     )
 
 
@@ -371,17 +425,13 @@ def _props(client: Client) -> Mapping[str, Any]:
     return props
 
 
-def _failed(reason: str, log: Path, command: tuple[str, ...], kind: str) -> ServerError:
-    return ServerError(f"{reason}\n{_shown(log, command)}", log=log, kind=kind)
-
-
-def _shown(log: Path, command: tuple[str, ...] = ()) -> str:
-    told = f"  command: {shlex.join(command)}\n" if command else ""
-    return f"{told}  log: {log}\n{tail(log)}"
+def _told(log: Path, command: str = "") -> str:
+    first = f"  command: {command}\n" if command else ""
+    return f"{first}  log: {log}\n{tail(log)}"
 
 
 def _ended(
-    what: str, process: ServerProcess, command: tuple[str, ...] = (), kind: str = "start"
+    what: str, process: ServerProcess, command: str = "", kind: str = "start"
 ) -> ServerError:
     """Return the error of a server that ended by itself: its memory ran out, or something else.
 
@@ -394,7 +444,7 @@ def _ended(
     log = process.log
     how = f"{what}: {process.describe_exit()}"
     text = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    told = f"{how}\n{_shown(log, command)}"
+    told = f"{how}\n{_told(log, command)}"
     lacking = shortage(text)
     if lacking is None and not process.killed_for_memory:
         return ServerError(told, log=log, kind=kind)
@@ -453,73 +503,82 @@ def _post_mortem(process: ServerProcess) -> str | None:
             error = _ended("the server died", process, kind="crashed")
             if isinstance(error, OutOfMemoryError):
                 raise error
-            return f"{process.describe_exit()}\n{_shown(process.log)}"
+            return f"{process.describe_exit()}\n{_told(process.log)}"
         if not waits:
             return None
         time.sleep(0.02)
 
 
-class _Patience:
-    """Says every few seconds that a start still goes on."""
+class _Start:
+    """A server on its way to be ready: what is waited for, and what ends the waiting.
 
-    def __init__(self, plan: ServePlan, what: str, began: float) -> None:
-        self._plan, self._what, self._began = plan, what, began
+    Args:
+        process: It.
+        plan: Time limits and progress.
+        began: When it was started, by ``time.perf_counter()``.
+        command: As one would type it.
+    """
+
+    def __init__(self, process: ServerProcess, plan: ServePlan, began: float, command: str) -> None:
+        self._process, self._plan, self._began, self._command = process, plan, began, command
         self._next = 2.0
 
-    def tick(self) -> float:
-        waited = time.perf_counter() - self._began
-        if waited > self._next:
-            self._plan.progress(f"waiting for {self._what}: {waited:.0f} s")
-            self._next = waited + 5.0
-        time.sleep(_POLL)
-        return waited
+    def listening(self, what: str) -> str:
+        """Return the address that the log tells, once it does."""
+        seen = 0
 
-
-def _wait_listening(
-    process: ServerProcess, plan: ServePlan, what: str, began: float, command: tuple[str, ...]
-) -> str:
-    patience = _Patience(plan, what, began)
-    seen = 0
-    while True:
-        status = process.poll()
-        size = process.log.stat().st_size if process.log.exists() else 0
-        if size != seen:
+        def look() -> str:
+            nonlocal seen
+            log = self._process.log
+            size = log.stat().st_size if log.exists() else 0
+            if size == seen:
+                return ""
             seen = size
-            content = process.log.read_bytes()
+            content = log.read_bytes()
             if used := _CONFIG_FILE.search(content):
-                raise _failed(
-                    f"{what} read {used.group(1).decode()}: move it away, it changes the options",
-                    process.log,
-                    command,
-                    "start",
-                )
-            if found := _LISTENING.search(content):
-                return found.group(1).decode().replace("//0.0.0.0:", "//127.0.0.1:")
-        if status is not None:
-            raise _ended(f"{what} ended before it was ready", process, command)
-        if patience.tick() > plan.timeout:
-            raise _failed(
-                f"{what} was not ready within {plan.timeout:g} s", process.log, command, "timeout"
-            )
+                read = f"{what} read {used.group(1).decode()}"
+                raise self._failed(f"{read}: move it away, it changes the options", "start")
+            found = _LISTENING.search(content)
+            if found is None:
+                return ""
+            return found.group(1).decode().replace("//0.0.0.0:", "//127.0.0.1:")
 
+        return self._until(look, what, what, lambda: f"{what} was not ready within")
 
-def _wait_healthy(
-    client: Client, process: ServerProcess, plan: ServePlan, began: float, command: tuple[str, ...]
-) -> None:
-    patience = _Patience(plan, f"{client.url}/health", began)
-    while True:
-        status = client.status("/health", timeout=_PROBE)
-        if status == httpx.codes.OK:
-            return
-        if process.poll() is not None:
-            raise _ended("the server ended before it was ready", process, command)
-        if patience.tick() > plan.timeout:
-            raise _failed(
-                f"{client.url}/health answered {status or 'nothing'} for {plan.timeout:g} s",
-                process.log,
-                command,
-                "timeout",
-            )
+    def healthy(self, client: Client) -> None:
+        """Wait until its ``/health`` is well."""
+        about = f"{client.url}/health"
+        status: int | None = None
+
+        def look() -> bool:
+            nonlocal status
+            status = client.status("/health", timeout=_PROBE)
+            return status == httpx.codes.OK
+
+        self._until(
+            look, about, "the server", lambda: f"{about} answered {status or 'nothing'} for"
+        )
+
+    def _until(self, look: Callable[[], _T], awaited: str, who: str, late: Callable[[], str]) -> _T:
+        """Look until something is found, telling now and then that it takes its time."""
+        while True:
+            # Asked first: what it said before it ended counts.
+            ended = self._process.poll() is not None
+            if found := look():
+                return found
+            if ended:
+                raise _ended(f"{who} ended before it was ready", self._process, self._command)
+            waited = time.perf_counter() - self._began
+            if waited > self._next:
+                self._plan.progress(f"waiting for {awaited}: {waited:.0f} s")
+                self._next = waited + 5.0
+            if waited > self._plan.timeout:
+                raise self._failed(f"{late()} {self._plan.timeout:g} s", "timeout")
+            time.sleep(_POLL)
+
+    def _failed(self, reason: str, kind: str) -> ServerError:
+        log = self._process.log
+        return ServerError(f"{reason}\n{_told(log, self._command)}", log=log, kind=kind)
 
 
 def _prove_ours(client: Client, process: ServerProcess) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.project import Project
 
-from pytest_llmperf.measure.gpu import gpus
+from pytest_llmperf.gpu.cards import gpus
 
 MODULE = """
 import pytest

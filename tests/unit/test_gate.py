@@ -77,7 +77,7 @@ def then(first: Values, count: int, second: Values) -> Values:
 def launch_of(build: str, workload: str, metric: str, values: Sequence[float]) -> Launch:
     """A launch with samples of one metric."""
     samples = {workload: {metric: list(values)}} if values else {}
-    return Launch(build, "c7", "llama-server", "", 0.0, samples=samples)
+    return Launch(build, "c7", "llama-server", "", samples=samples)
 
 
 @dataclass

@@ -18,6 +18,8 @@ from pytest_llmperf.errors import (
     PartialPassError,
     RunError,
 )
+from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.passes import Passes
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
 from pytest_llmperf.quality.reference import Reference
@@ -51,7 +53,7 @@ class Run:
             corpus=lambda _one: self.folder / "text.txt",
             serve=ServePlan(self.folder / "run", progress=self.said.append),
             cache=self.folder / "cache",
-            lock=self.folder / "cache" / "lock",
+            leases=Leases(self.folder / "cache" / "locks", (), (), self.said.append),
             suite_folder=self.folder,
             limit=3600.0,
         )
@@ -311,3 +313,44 @@ def test_a_text_of_few_chunks_is_refused(run: Run, monkeypatch: pytest.MonkeyPat
     build = run.lab.build("b1", run.lab.stream("a", made_up()))
     with pytest.raises(RunError, match="the text makes 4 chunks, and fewer than 5 tell nothing"):
         run.passes(build).alone(Case(PLAIN, corpus_pass=ONE))
+
+
+def test_a_pass_of_a_gpu_config_has_its_cards(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is made, no longer; the command says which."""
+    cards = tuple(Gpu(index, f"GPU-{index}", "card", 16000, "1") for index in range(2))
+    monkeypatch.setattr("pytest_llmperf.serve.launch.gpus", lambda: cards)
+    leases = Leases(run.folder / "locks", cards, cards, run.said.append, first=1)
+    passes = run.passes(run.lab.build("b1", run.lab.stream("a", made_up())), leases=leases)
+    case = Case(replace(PLAIN, gpu=True), corpus_pass=ONE)
+    assert passes.alone(case).command.startswith("CUDA_VISIBLE_DEVICES=GPU-1 /")
+    assert passes.serve.cards == ()
+    assert not leases.held
+
+
+@pytest.mark.parametrize(
+    ("config", "reference", "needs"),
+    [
+        (PLAIN, PLAIN, (0, True)),
+        (replace(PLAIN, gpu=True), PLAIN, (1, False)),
+        (QUANTIZED, replace(PLAIN, gpu=True, gpus=2), (2, True)),
+        (replace(QUANTIZED, gpu=True), replace(PLAIN, gpu=True, gpus=2), (2, False)),
+        (replace(QUANTIZED, gpu=True), PLAIN, (1, False)),
+        (replace(QUANTIZED, gpu=True), replace(PLAIN, exclusive=True), (1, True)),
+    ],
+)
+def test_a_case_needs_what_its_reference_needs(
+    run: Run, config: Config, reference: Config, needs: tuple[int, bool]
+) -> None:
+    """Its lease covers both."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    passes = run.passes(build, configs={"f16": reference, "q4": config})
+    assert passes.needs(Case(config, corpus_pass=ONE)) == needs
+
+
+def test_cards_are_a_condition_where_there_are_several(run: Run) -> None:
+    """One is what was meant before there was a choice."""
+    passes = run.passes(run.lab.build("b1", run.lab.stream("a", made_up())))
+    for gpus in (1, 2):
+        config = replace(PLAIN, gpu=True, gpus=gpus)
+        told = passes.conditions(Case(config, corpus_pass=ONE)).get("gpus")
+        assert told == (2 if gpus == 2 else None)

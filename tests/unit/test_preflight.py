@@ -13,7 +13,9 @@ from pytest_llmperf import preflight
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import Device
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, RunError
-from pytest_llmperf.measure.gpu import Gpu, Held
+from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.gpu.memory import Held
+from pytest_llmperf.gpu.nvml import NO_GPU, Kind, Status
 from pytest_llmperf.plan.config import ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.preflight import (
@@ -181,12 +183,26 @@ def test_a_model_is_mapped_unless_told_otherwise(
     assert is_mapped(options) is mapped
 
 
-def have_gpus(monkeypatch: pytest.MonkeyPatch, *free: float, held: tuple[Held, ...] = ()) -> None:
+def card(index: int, *, persistence: bool | None = None) -> Gpu:
+    """A GPU of 1000 MiB."""
+    return Gpu(index, f"GPU-{index}", "A card", 1000, "1", persistence=persistence)
+
+
+def have_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    *free: float,
+    held: tuple[Held, ...] = (),
+    status: Status | None = None,
+    note: str = "",
+    persistence: bool | None = None,
+) -> None:
     """Pretend that there are GPUs of 1000 MiB with so much free."""
-    cards = tuple(Gpu(index, "A card", 1000, "1") for index in range(len(free)))
+    cards = tuple(card(index, persistence=persistence) for index in range(len(free)))
     monkeypatch.setattr(preflight, "gpus", lambda: cards)
     monkeypatch.setattr(preflight, "free_mib", lambda: dict(enumerate(free)))
     monkeypatch.setattr(preflight, "holders", lambda: list(held))
+    monkeypatch.setattr(preflight, "status", lambda: status or Status(Kind.WORKS))
+    monkeypatch.setattr(preflight, "order_note", lambda: note)
 
 
 @pytest.mark.parametrize("free", [(), (900.0,), (100.0, 950.0)])
@@ -211,6 +227,68 @@ def test_foreign_use_of_all_gpus_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
         assert told in line
     have_gpus(monkeypatch, 500.0)
     assert "NVML names no process" in gpu_warnings()[0]
+
+
+def test_use_of_one_of_the_leased_gpus_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server is spread over all of them; who is on others does not matter."""
+    held = (Held(0, 2**30, 300.0), Held(1, 2**30 + 1, 100.0))
+    have_gpus(monkeypatch, 500.0, 899.0, 950.0, held=held)
+    assert gpu_warnings([card(2)]) == []
+    [line] = gpu_warnings([card(1), card(2)])
+    assert "GPU 1: 899 of 1000 MiB free, GPU 2: 950" in line
+    assert f"(pid {2**30 + 1}) 100 MiB" in line
+    assert "GPU 0" not in line
+    assert f"(pid {2**30})" not in line
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (Status(Kind.NONE), []),
+        (Status(Kind.WORKS), []),
+        (Status(Kind.WORKS, NO_GPU), []),
+        (Status(Kind.WORKS, "GPU 1 does not answer"), ["warning: GPU 1 does not answer"]),
+        (Status(Kind.BROKEN, "reboot"), ["warning: reboot"]),
+    ],
+)
+def test_nvml_that_does_not_work_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, status: Status, told: list[str]
+) -> None:
+    """A machine without NVIDIA GPUs is no reason for one."""
+    have_gpus(monkeypatch, status=status)
+    assert gpu_warnings() == told
+
+
+@pytest.mark.parametrize(("persistence", "lines"), [(False, 1), (True, 0), (None, 0)])
+def test_persistence_mode_that_is_off_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, lines: int, *, persistence: bool | None
+) -> None:
+    """Only where the driver says so, and once however many GPUs there are."""
+    have_gpus(monkeypatch, 1000.0, 1000.0, persistence=persistence)
+    told = gpu_warnings()
+    assert len(told) == lines
+    assert all("`nvidia-smi -pm 1`" in line for line in told)
+
+
+def test_an_order_of_gpus_that_may_be_another_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is to be noted of it is told as it is."""
+    have_gpus(monkeypatch, 1000.0, note="another order")
+    assert gpu_warnings() == ["warning: another order"]
+
+
+def test_two_share_the_leased_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are spread over all of them; the fullest is what counts, and others do not."""
+    have(monkeypatch, total=5000, available=5000)
+    have_gpus(monkeypatch, 10.0, 501.0, 900.0)
+    assert fits_twice(500.0, gpu=True, cards=[card(1), card(2)])
+    assert not fits_twice(501.0, gpu=True, cards=[card(1), card(2)])
+    assert fits_twice(449.0, gpu=True, cards=[card(2)])
+    assert not fits_twice(10.0, gpu=True, cards=[card(0), card(2)])
+    assert not fits_twice(10.0, gpu=True, cards=[card(3)])
+    assert not fits_twice(10.0, gpu=True, cards=[])
+    assert fits_twice(500.0, gpu=False, cards=[card(0)])
 
 
 def test_two_fit_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pytest_llmperf.judge.chunks import QUALITY, pooled
 from pytest_llmperf.judge.references import Kept, find_reference, keep_reference
 from pytest_llmperf.judge.store import Baseline, Measured, Recorded
 from pytest_llmperf.judge.verdict import Outcome, Verdict
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.passes import Passed, Passes
 from pytest_llmperf.plan.config import Case, Config, CorpusPass
@@ -62,7 +63,7 @@ class Desk:
             corpus=lambda _one: self.folder / "text.txt",
             serve=ServePlan(self.folder / "run"),
             cache=self.folder / "cache",
-            lock=self.folder / "cache" / "lock",
+            leases=Leases(self.folder / "cache" / "locks", (), (), print),
             suite_folder=self.folder,
             limit=3600.0,
         )

@@ -10,24 +10,27 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from filelock import FileLock
 from support.fakes import Journal, add_bench, eventually, fake_command, write_program
 from support.streams import CHUNKS, Lab, made_up
 
 from pytest_llmperf import session
+from pytest_llmperf.build.devices import Device
 from pytest_llmperf.errors import (
     BaselineError,
     BuildError,
     OutOfMemoryError,
     PlanError,
+    RunError,
     ServerError,
     TooSlowError,
 )
 from pytest_llmperf.gate import Absent, Record, SideBySide, Stored
+from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.judge import store
 from pytest_llmperf.judge.references import find_reference
 from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome
-from pytest_llmperf.measure.gpu import Gpu
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.plan.config import LAUNCH, Case, Config, CorpusPass, Turn, Workload
@@ -35,6 +38,7 @@ from pytest_llmperf.plan.suite import Suite, load_suite
 from pytest_llmperf.session import (
     _KEPT_RUNS,
     Run,
+    Worker,
     _comparison,
     _measured,
     _run_folder,
@@ -119,6 +123,7 @@ class Project:
 
     root: Path
     said: Said = field(default_factory=Said)
+    runs: list[Run] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         (self.root / "model.gguf").write_bytes(b"GGUF" * 16)
@@ -179,7 +184,11 @@ class Project:
         settings = self.settings(baseline=baseline, update=update, tolerances=tolerances)
         suite = self.suite()
         chosen = suite.cases(["one"], ["w24", "w40"]) if cases is None else cases
-        return begin(settings, suite, chosen, self.said)
+        # As at the end of a process: who holds the host would be waited for.
+        for run in self.runs:
+            run.close()
+        self.runs.append(begin(settings, suite, chosen, self.said))
+        return self.runs[-1]
 
     def record(self, label: str, *, machine: str = "lab", number: int | None = None) -> Path:
         """Write a baseline of one case."""
@@ -462,7 +471,7 @@ def test_a_side_by_side_result_tells_both_sides(project: Project) -> None:
 def test_a_fingerprint_tells_what_must_be_equal(project: Project) -> None:
     """Machine, protocol, model, options; under a workload its lengths and its tokens, too."""
     run = project.run()
-    launch = Launch("b1", "one", "", "", 0.0, digests={"w24": "abc"})
+    launch = Launch("b1", "one", "", "", digests={"w24": "abc"})
     alone = run.fingerprint(case_of(run, "one"), launch)
     assert alone.keys() >= {"machine", "gpu", "driver", "cpu", "protocol", "model", "options"}
     assert alone["machine"] == "lab"
@@ -478,7 +487,7 @@ def test_a_fingerprint_tells_what_must_be_equal(project: Project) -> None:
 def test_what_a_build_adds_is_part_of_the_fingerprint(project: Project) -> None:
     """As its options are; a build that adds nothing says nothing of it."""
     run = project.run()
-    launch = Launch("b1", "one", "", "", 0.0)
+    launch = Launch("b1", "one", "", "")
     plain = run.fingerprint(case_of(run, "one"), launch)
     assert plain.keys().isdisjoint({"env", "run"})
     run.new = replace(run.new, env={"GGML_CUDA_DISABLE_GRAPHS": "1"})
@@ -489,7 +498,7 @@ def test_what_a_build_adds_is_part_of_the_fingerprint(project: Project) -> None:
 def test_ollama_is_asked_with_options_and_they_are_told(project: Project) -> None:
     """Of a config those that a request can set; another running server has its own."""
     run = project.run()
-    launch = Launch("b1", "one", "", "", 0.0, model="m@5a")
+    launch = Launch("b1", "one", "", "", model="m@5a")
     run.new = replace(run.new, url="http://h", api="ollama", model="m")
     asked = run.fingerprint(case_of(run, "one"), launch)
     assert (asked["model"], asked["options"]) == ("m@5a", "num_ctx=1024 num_thread=1")
@@ -521,7 +530,7 @@ def test_a_fingerprint_of_llama_bench_minds_what_it_takes(project: Project) -> N
     """Another context of the server, or another template, changes nothing of its work."""
     run = project.run()
     case = case_of(run, "one", "d8")
-    launch = Launch("b1", "one", "", "", 0.0, digests={"d8": "random"})
+    launch = Launch("b1", "one", "", "", digests={"d8": "random"})
     found = run.fingerprint(case, launch)
     assert found["tool"] == "llama-bench"
     assert "tool" not in run.fingerprint(case_of(run, "one", "w24"), launch)
@@ -536,9 +545,9 @@ def test_samples_of_a_metric_are_taken_from_where_they_belong() -> None:
     case = Case(Config("c", "m"), None)
     assert _measured(case, [], [METRICS["rss_mib"]]) == {}
     launches = [
-        Launch("b1", "c", "", "", 0.0, samples={LAUNCH: {"rss_mib": [1.0]}}),
-        Launch("b1", "c", "", "", 0.0, samples={}),
-        Launch("b1", "c", "", "", 0.0, samples={LAUNCH: {"rss_mib": [3.0]}}),
+        Launch("b1", "c", "", "", samples={LAUNCH: {"rss_mib": [1.0]}}),
+        Launch("b1", "c", "", "", samples={}),
+        Launch("b1", "c", "", "", samples={LAUNCH: {"rss_mib": [3.0]}}),
     ]
     assert _measured(case, launches, [METRICS["rss_mib"], METRICS["decode_tps"]]) == {
         "rss_mib": [[1.0], [3.0]]
@@ -846,7 +855,10 @@ def test_a_gpu_config_runs_where_the_build_sees_a_gpu(project: Project) -> None:
     ("cards", "message"),
     [
         ((), "this machine has no GPU that the build can use"),
-        ((Gpu(0, "RTX 5080", 16303, "580"),), "b9001 sees no GPU, though this machine has RTX"),
+        (
+            (Gpu(0, "GPU-1", "RTX 5080", 16303, "580"),),
+            "b9001 sees no GPU, though this machine has RTX",
+        ),
     ],
 )
 def test_without_a_gpu_every_gpu_config_fails(
@@ -945,6 +957,141 @@ def test_a_server_that_does_not_start_is_an_error_each_time(project: Project) ->
     for _ in range(2):
         with pytest.raises(ServerError, match="exit code 3"):
             run.server(run.suite.configs["one"])
+
+
+# -- leases -----------------------------------------------------------------------------------
+
+
+def held_locks(project: Project) -> set[str]:
+    """Return the locks that somebody holds."""
+    held = set()
+    for path in (project.root / "cache" / "locks").glob("*.lock"):
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except TimeoutError:
+            held.add(path.stem)
+        else:
+            lock.release()
+    return held
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> tuple[Gpu, ...]:
+    """Two GPUs that this machine is made to have."""
+    made = tuple(Gpu(index, f"GPU-{index}", "Made-up", 16000, "1") for index in range(2))
+    for name in ("session.gpus", "session.all_gpus", "serve.launch.gpus"):
+        monkeypatch.setattr(f"pytest_llmperf.{name}", lambda: made)
+    monkeypatch.setattr("pytest_llmperf.campaign.base.gpu_warnings", lambda _cards: [])
+    monkeypatch.setattr("pytest_llmperf.campaign.servers.fits_twice", lambda *_, **__: True)
+    return made
+
+
+@pytest.mark.usefixtures("cards")
+def test_a_lease_lasts_until_the_config_is_left(project: Project) -> None:
+    """All launches and servers of a config are on one card, however many tests it has."""
+    run = project.run(update=True)
+    case = case_of(run, "card")
+    for _ in range(2):
+        assert run.gate("memory", case, {"kv_mib": None}).verdicts[0].outcome is Outcome.RECORDED
+        assert held_locks(project) == {"gpu-GPU-0"}
+    server = run.server(case.config)
+    assert server.shown_command.startswith("CUDA_VISIBLE_DEVICES=GPU-0 ")
+    seen = {entry["env"]["CUDA_VISIBLE_DEVICES"] for entry in project.journal.entries("start")}
+    assert seen == {"GPU-0"}
+    run.leave_config()
+    assert not server.alive()
+    assert held_locks(project) == set()
+    run.leave_config()
+
+
+@pytest.mark.usefixtures("cards")
+def test_a_worker_takes_the_card_of_its_number(project: Project) -> None:
+    """And keeps its logs in a folder of its own, within that of the run."""
+    name = f"run-20260101-000000-{os.getpid()}"
+    settings = project.settings(update=True)
+    suite = project.suite()
+    run = begin(settings, suite, suite.cases(["card"]), project.said, Worker("gw1", name))
+    run.gate("memory", case_of(run, "card"), {"kv_mib": None})
+    assert held_locks(project) == {"gpu-GPU-1"}
+    run.close()
+    assert run.folder == project.root / ".llmperf" / name / "gw1"
+    assert (project.root / ".llmperf" / "latest").resolve() == run.folder.parent
+    assert run.headline[-1].endswith(f"logs in {run.folder.parent}")
+
+
+@pytest.mark.parametrize(("name", "number"), [("gw0", 0), ("gw12", 12), ("other", 0)])
+def test_a_worker_has_a_number(name: str, number: int) -> None:
+    """Also one that was given a name of the user's own."""
+    worker = Worker(name, "run-20260101-000000-77")
+    assert (worker.number, worker.controller) == (number, 77)
+
+
+@pytest.mark.usefixtures("cards")
+def test_what_no_cuda_keeps_apart_is_exclusive(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that uses the GPUs by Vulkan uses any of them."""
+    device = Device("Vulkan0", "Made-up", 16000, 15000)
+    monkeypatch.setattr("pytest_llmperf.session.devices_of", lambda _build: (device,))
+    run = project.run(update=True)
+    run.gate("memory", case_of(run, "card"), {"kv_mib": None})
+    assert held_locks(project) == {"host", "gpu-GPU-0", "gpu-GPU-1"}
+    run.close()
+
+
+@pytest.mark.usefixtures("cards")
+def test_more_cards_than_there_are_is_an_error_of_the_test(project: Project) -> None:
+    """And of a test that wants a server."""
+    run = project.run(update=True)
+    case = case_of(run, "card")
+    case = replace(case, config=replace(case.config, gpus=3))
+    result = run.gate("memory", case, {"kv_mib": None})
+    assert result.verdicts[0].outcome is Outcome.ERROR
+    assert "config card needs 3 GPUs, this machine has 2" in result.verdicts[0].reason
+    with pytest.raises(RunError, match="needs 3 GPUs"):
+        run.server(case.config)
+    assert held_locks(project) == set()
+
+
+@pytest.mark.usefixtures("cards")
+def test_a_larger_lease_takes_the_place_of_a_smaller(project: Project) -> None:
+    """It does not grow, or two could wait for each other; a smaller one needs nothing."""
+    run = project.run(update=True)
+    card = case_of(run, "card")
+    run.gate("memory", card, {"kv_mib": None})
+    assert held_locks(project) == {"gpu-GPU-0"}
+    both = replace(card, config=replace(card.config, gpus=2))
+    server = run.server(both.config)
+    assert held_locks(project) == {"gpu-GPU-0", "gpu-GPU-1"}
+    # All that there are need no telling.
+    assert not server.shown_command.startswith("CUDA")
+    run.prepare(card, {"kv_mib": None})
+    assert server.alive()
+    run.close()
+
+
+@pytest.mark.usefixtures("cards")
+def test_cards_are_in_the_fingerprint_where_there_are_several(project: Project) -> None:
+    """One is what was meant before there was a choice."""
+    run = project.run(update=True)
+    card = case_of(run, "card")
+    both = replace(card, config=replace(card.config, gpus=2))
+    launch = Launch("b9001", "card", "", "")
+    assert "gpus" not in run.fingerprint(card, launch)
+    assert run.fingerprint(both, launch)["gpus"] == 2
+
+
+def test_waiting_is_not_on_the_budget(project: Project) -> None:
+    """It is done before the clock starts; what goes wrong then is for gate() to tell."""
+    run = project.run(update=True)
+    case = case_of(run, "one")
+    run.prepare(case, ["no_such_metric"])
+    assert held_locks(project) == set()
+    run.prepare(case, ["kv_mib"])
+    assert held_locks(project) == {"host"}
+    run.close()
+    assert held_locks(project) == set()
 
 
 # -- run folders ------------------------------------------------------------------------------

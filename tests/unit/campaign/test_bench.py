@@ -15,6 +15,7 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.campaign import base
 from pytest_llmperf.campaign.bench import BenchCampaign
 from pytest_llmperf.errors import BuildError, RunError, ToolError
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.host import Load
 from pytest_llmperf.plan.config import LAUNCH, ModelFiles, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan
@@ -53,7 +54,7 @@ class Lab:
             "files": ModelFiles(self.folder / "m.gguf"),
             "serve": ServePlan(self.folder / "run", PATIENCE, PATIENCE, self.said.append),
             "pairs": 2,
-            "lock": self.folder / "locks" / "lock",
+            "leases": Leases(self.folder / "locks", (), (), self.said.append),
             "rng": random.Random(7),  # noqa: S311 - a coin, not a key
         }
         return BenchCampaign(**{**fields, **changes})
@@ -87,7 +88,7 @@ def test_a_block_runs_one_build_after_the_other(lab: Lab) -> None:
         assert not pair.together
         assert pair.orders.keys() == {"d0", "d100"}
         old, new = lab.order()[index], lab.order()[-1]
-        assert pair.orders["d0"] == ("b" if pair.base.started < pair.new.started else "n")
+        assert pair.orders["d0"] == ("b" if pair.base.log < pair.new.log else "n")
         assert old != new
         firsts.add(pair.orders["d0"])
         assert pair.base.samples == pair.new.samples

@@ -9,6 +9,7 @@ from support.fakes import CONFIG, PATIENCE, Journal, fake_build
 
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import TooSlowError
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.plan.config import LAUNCH, ModelFiles, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan
 
@@ -28,7 +29,7 @@ def test_what_takes_too_long_is_given_up_and_the_others_go_on(tmp_path: Path) ->
         files=ModelFiles(tmp_path / "model.gguf"),
         serve=ServePlan(tmp_path / "run", timeout=PATIENCE, hang=PATIENCE),
         pairs=2,
-        lock=tmp_path / "lock",
+        leases=Leases(tmp_path / "locks", (), (), print),
         rng=random.Random(7),  # noqa: S311 - a coin, not a key
     )
     launch = campaign.launch(0)

@@ -22,6 +22,8 @@ from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign import base, servers
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, RunError, ServerError
+from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.host import Load
 from pytest_llmperf.plan.config import LAUNCH, Config, ModelFiles, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan, Server, start
@@ -88,7 +90,7 @@ class Lab:
                 progress=progress or self.said.append,
             ),
             pairs=pairs,
-            lock=self.folder / "locks" / "lock",
+            leases=Leases(self.folder / "locks", (), (), progress or self.said.append),
             rng=coin or random.Random(7),  # noqa: S311 - a coin, not a key
             foreign_load=foreign_load,
         )
@@ -324,7 +326,7 @@ def test_one_run_measures_at_a_time(lab: Lab) -> None:
 
     campaign = lab.campaign((FIRST,), base=None, progress=progress)
     thread = Thread(target=campaign.launch, args=(0,), daemon=True)
-    with FileLock(lab.folder / "locks" / "lock"):
+    with FileLock(lab.folder / "locks" / "host.lock"):
         thread.start()
         assert waiting.wait(PATIENCE)
         assert lab.journal.starts() == []
@@ -336,13 +338,45 @@ def test_the_lock_is_free_between_blocks(lab: Lab) -> None:
     """Another run may measure between two blocks, also after a failure."""
     campaign = lab.campaign((FIRST,), base=None)
     campaign.launch(0)
-    with FileLock(campaign.lock, timeout=0):
+    with FileLock(campaign.leases.folder / "host.lock", timeout=0):
         pass
     failing = lab.campaign((FIRST,), base=None, new="start-exit")
     with pytest.raises(ServerError):
         failing.launch(0)
-    with FileLock(failing.lock, timeout=0):
+    with FileLock(failing.leases.folder / "host.lock", timeout=0):
         pass
+
+
+def test_servers_of_a_config_have_its_cards(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of a block the same, of those that the machine has; between blocks none is held."""
+    cards = tuple(Gpu(index, f"GPU-{index}", "card", 16000, "1") for index in range(2))
+    monkeypatch.setattr("pytest_llmperf.serve.launch.gpus", lambda: cards)
+    warned: list[object] = []
+
+    def warnings(leased: object) -> list[str]:
+        warned.append(leased)
+        return []
+
+    monkeypatch.setattr(base, "gpu_warnings", warnings)
+    config = replace(CONFIG, gpu=True)
+    campaign = lab.campaign((FIRST,), config=config)
+    campaign.leases = Leases(lab.folder / "locks", cards, cards, lab.said.append, first=1)
+    monkeypatch.setattr(type(campaign), "_fits_twice", lambda _self: True)
+    assert campaign.needs == (1, False)
+    campaign.block(0)
+    told = [entry["env"].get("CUDA_VISIBLE_DEVICES") for entry in lab.journal.entries("start")]
+    assert told == ["GPU-1", "GPU-1"]
+    assert warned == [(cards[1],)]
+    assert campaign.serve.cards == ()
+    assert not campaign.leases.held
+
+
+def test_a_side_alone_needs_what_both_need(lab: Lab) -> None:
+    """Its lease is within that of the test, which cannot grow."""
+    campaign = lab.campaign((FIRST,), config=replace(CONFIG, gpu=True))
+    assert campaign.base is not None
+    campaign.base = replace(campaign.base, url="http://127.0.0.1:1")
+    assert campaign.alone(base=True).needs == campaign.needs == (1, False)
 
 
 def test_another_server_of_ours_is_stopped_first(lab: Lab) -> None:

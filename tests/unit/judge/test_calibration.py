@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_llmperf.judge.calibration import (
+    naive_alarms,
     noise,
     priors_of,
     replay,
@@ -113,3 +114,36 @@ def test_spread_of_equal_builds() -> None:
     block, launch = priors_of([found, found])
     assert block.s0 == pytest.approx(0.02, rel=0.2)
     assert launch.s0 < block.s0
+
+
+def pair(base: tuple[float, ...], new: tuple[float, ...]) -> Block:
+    """Return a block of such samples."""
+    return Block(base, new, paired=True, order="b" * len(base))
+
+
+def test_a_naive_gate_counts_starts_that_are_worse_than_others() -> None:
+    """Of four starts one is 10 % slower: it fails against the three others, in 3 of 12 pairs."""
+    made = [pair((100.0, 100.0), (100.0, 101.0)), pair((90.0,), (100.0,))]
+    assert naive_alarms(SPEED, made, 0.05) == 3 / 12
+    assert naive_alarms(SPEED, made, 0.2) == 0
+    # What is better when lower is worse the other way round: the others fail against that one.
+    assert naive_alarms(METRICS["ttft_ms"], made, 0.05) == 3 / 12
+    with pytest.raises(ValueError, match="two blocks at least"):
+        naive_alarms(SPEED, made[:1], 0.05)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=2, max_size=8),
+    st.floats(0, 0.5),
+    st.floats(0.01, 100),
+)
+def test_a_naive_gate_looks_at_ratios_alone(
+    starts: list[tuple[float, float]], tolerance: float, scale: float
+) -> None:
+    """Other units change nothing, and a larger tolerance never alarms more often."""
+    made = [pair((one,), (other,)) for one, other in starts]
+    scaled = [pair((one * scale,), (other * scale,)) for one, other in starts]
+    share = naive_alarms(SPEED, made, tolerance)
+    assert 0 <= share <= 0.5
+    assert naive_alarms(SPEED, scaled, tolerance) == pytest.approx(share, abs=0.05)
+    assert naive_alarms(SPEED, made, tolerance + 0.1) <= share

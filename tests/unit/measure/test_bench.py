@@ -19,6 +19,7 @@ from pytest_llmperf.errors import (
     ToolError,
     TooSlowError,
 )
+from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.measure.bench import PROMPT, Benched, BenchPlan, parse_rows, run_bench
 from pytest_llmperf.plan.config import Config, ModelFiles, Turn, Workload
 from pytest_llmperf.serve.launch import ServePlan
@@ -263,3 +264,13 @@ def test_options_that_it_cannot_take_start_nothing(lab: Lab) -> None:
     with pytest.raises(BuildError, match="b9000 has no llama-bench beside its server"):
         run_bench(plan, ALL)
     assert lab.starts() == []
+
+
+def test_the_tool_sees_the_cards_of_its_lease(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its command says so."""
+    cards = tuple(Gpu(index, f"GPU-{index}", "card", 1000, "1") for index in range(2))
+    monkeypatch.setattr("pytest_llmperf.serve.launch.gpus", lambda: cards)
+    serve = replace(lab.plan().serve, cards=cards[1:])
+    done = lab.run("cpu", serve=serve)
+    chosen = "CUDA_VISIBLE_DEVICES=GPU-1 "
+    assert all(one.startswith(chosen) for one in done.launch.command.split("; "))

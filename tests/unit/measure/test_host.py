@@ -46,18 +46,87 @@ def test_our_own_work_is_not_foreign() -> None:
 def test_what_ended_meanwhile_was_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of ours that is done when the load is read was no foreign load."""
     readings = [
-        host._Reading(at=0.0, busy=10.0, steal=0.0, used={}, ended=1.0, throttled=0),
-        host._Reading(at=2.0, busy=14.0, steal=0.0, used={}, ended=4.0, throttled=0),
+        host._Reading(0.0, busy=10.0, steal=0.0, used={}, family=(), boxed=(), mine=1, throttled=0),
+        host._Reading(2.0, busy=14.0, steal=0.0, used={}, family=(), boxed=(), mine=4, throttled=0),
     ]
     monkeypatch.setattr(host, "_read", lambda: readings.pop(0))
     assert Watch().load().cores == pytest.approx(0.5)
+
+
+def test_what_a_child_did_is_ours_once_it_has_ended() -> None:
+    """All of it, as soon as it is collected, and none of it twice."""
+    before = host._read().mine
+    child = subprocess.Popen([sys.executable, "-c", "sum(range(30_000_000))"])
+    child.wait()
+    own = time.process_time()
+    spent = host._read().mine - before
+    assert spent > 0.05
+    assert spent < own + sum(psutil.Process().cpu_times()[2:4]) + 0.1
+
+
+def test_containers_of_servers_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They descend from their engine; with theirs the processes in them."""
+    monkeypatch.setattr(host, "server_pids", lambda: {50, 99})
+    monkeypatch.setattr("os.getpid", lambda: 10)
+    parents = {1: 0, 10: 1, 11: 10, 12: 11, 40: 1, 50: 40, 51: 50, 60: 1}
+    assert host._ours(parents) == ({10, 11, 12}, {50, 51})
+
+
+def test_other_workers_of_the_run_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their servers, also those in containers; what else runs is not."""
+    monkeypatch.setattr(host, "server_pids", set[int])
+    monkeypatch.setattr(host, "boxed_by", {50: 31, 70: 71}.get)
+    monkeypatch.setattr(host, "_family", {20})
+    parents = {1: 0, 20: 1, 30: 20, 31: 20, 32: 31, 40: 1, 50: 40, 51: 50, 70: 40, 71: 1}
+    assert host._ours(parents) == ({20, 30, 31, 32}, {50, 51})
+
+
+def test_a_worker_on_another_machine_has_no_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller's number means nothing there."""
+    monkeypatch.setattr(host, "_family", set[int]())
+    host.share(psutil.Process().ppid())
+    assert host._family == {psutil.Process().ppid()}
+    assert host.is_ours(psutil.Process().ppid())
+    host.share(99_999_999)
+    assert host._family == set()
+    assert not host.is_ours(psutil.Process().ppid())
+
+
+def test_what_descends_from_us_is_ours() -> None:
+    """However far; not what has ended, nor what never was."""
+    program = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'input()'],"
+        " stdin=subprocess.PIPE); print(p.pid, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        far = int(child.stdout.readline())
+        assert host.is_ours(psutil.Process().pid)
+        assert host.is_ours(child.pid)
+        assert host.is_ours(far)
+        assert not host.is_ours(1)
+        child.communicate(b"\n")
+    assert not host.is_ours(child.pid)
+    assert not host.is_ours(99_999_999)
+
+
+def test_a_container_of_another_worker_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whose server its main process is."""
+    parent = psutil.Process().ppid()
+    monkeypatch.setattr(host, "_family", {parent})
+    monkeypatch.setattr(host, "boxed_by", {1: psutil.Process().pid}.get)
+    assert host.is_ours(1)
+    monkeypatch.setattr(host, "boxed_by", {1: 1}.get)
+    assert not host.is_ours(1)
 
 
 def test_a_neighbour_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy process that is not ours is told with its name, pid and cores."""
     child = subprocess.Popen([sys.executable, "-c", _SPIN])
     try:
-        monkeypatch.setattr(host, "_ours", lambda: {psutil.Process().pid})
+        monkeypatch.setattr(host, "_ours", lambda _parents: ({psutil.Process().pid}, set()))
         watch = Watch()
         until = time.monotonic() + 20
         load = watch.load()

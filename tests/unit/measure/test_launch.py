@@ -16,6 +16,7 @@ from support.fakes import Journal, fake_server
 
 from pytest_llmperf.errors import CheckError, TooSlowError
 from pytest_llmperf.measure import launch as module
+from pytest_llmperf.measure import on_gpu
 from pytest_llmperf.measure.launch import (
     Session,
     check,
@@ -578,18 +579,18 @@ def test_gpu_memory_is_summed_over_the_process_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All GPUs together, asked for the server and its children."""
-    asked: list[list[int]] = []
+    asked: list[set[int]] = []
 
-    def held(pids: list[int]) -> dict[int, float]:
-        asked.append(pids)
+    def held(pids: set[int]) -> dict[int, float]:
+        asked.append(set(pids))
         return {0: 100.0, 1: 20.0}
 
-    monkeypatch.setattr(module, "vram_mib", held)
+    monkeypatch.setattr(on_gpu, "vram_mib", held)
     with fake_server(tmp_path, "child") as server:
         session = Session(server, list(range(600)))
         session.settle()
         assert session.launch.samples[LAUNCH]["vram_mib"] == [120.0]
-        assert asked[0][0] == server.pid
+        assert server.pid in asked[0]
         assert len(asked[0]) == 2
 
 
@@ -598,13 +599,12 @@ def test_gpu_memory_is_read_from_the_log_where_nvml_tells_none(
 ) -> None:
     """The buffers on any device that is no CPU; that they are from the log is kept with them."""
     told = read_log("I load_tensors: Vulkan0 model buffer size = 6.50 MiB")
-    monkeypatch.setattr(module, "vram_mib", lambda _pids: {})
     monkeypatch.setattr(module, "read_log", lambda _text: told)
     with fake_server(tmp_path) as server:
         session = Session(server, list(range(600)))
         session.settle()
     assert session.launch.samples[LAUNCH]["vram_mib"] == [6.5]
-    assert session.launch.vram_by_log
+    assert session.launch.vram_by == "log"
     assert not session.launch.vram
 
 
@@ -629,5 +629,5 @@ def test_the_log_tells_the_gpu_memory_of_a_process_that_cannot_be_seen(
         session = Session(server, list(range(600)))
         session.settle()
     assert session.launch.samples[LAUNCH]["vram_mib"] == [6.5]
-    assert session.launch.vram_by_log
+    assert session.launch.vram_by == "log"
     assert "rss_mib" not in session.launch.samples[LAUNCH]

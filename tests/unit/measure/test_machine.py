@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.judge._schema import Place, check_machine
 from pytest_llmperf.judge.store import validate_label
 from pytest_llmperf.measure import machine as module
-from pytest_llmperf.measure.gpu import Gpu
 from pytest_llmperf.measure.machine import _key, machine, machine_fingerprint
 
-RTX = Gpu(0, "NVIDIA GeForce RTX 5080", 16303, "580.1")
+RTX = Gpu(0, "GPU-1", "NVIDIA GeForce RTX 5080", 16303, "580.1")
 XEON = "Intel(R) Xeon(R) CPU E5-2673 v4 @ 2.30GHz"
 
 Pretend = Callable[..., None]
@@ -49,7 +52,7 @@ def test_a_machine_with_gpus_is_named_by_them(
     pretend: Pretend, name: str, mib: int, number: int, key: str
 ) -> None:
     """The first GPU without its maker, its memory in GB, and how many there are."""
-    pretend(*(Gpu(index, name, mib, "580.1") for index in range(number)))
+    pretend(*(Gpu(index, f"GPU-{index}", name, mib, "580.1") for index in range(number)))
     assert _key() == key
 
 
@@ -74,7 +77,7 @@ def test_a_machine_without_gpus_is_named_by_its_processor(
 @given(st.text("aZ7 (®)-", max_size=120), st.integers(1, 16))
 def test_every_key_can_name_a_file(name: str, number: int) -> None:
     """Whatever the hardware is called, its baseline has a valid name."""
-    cards = tuple(Gpu(index, name, 10**6, "1") for index in range(number))
+    cards = tuple(Gpu(index, f"GPU-{index}", name, 10**6, "1") for index in range(number))
     with pytest.MonkeyPatch.context() as patch:
         for found in (cards, ()):
             patch.setattr(module, "gpus", lambda found=found: found)
@@ -90,6 +93,35 @@ def test_the_machine_block_tells_the_hardware(pretend: Pretend) -> None:
     assert facts["gpu"] == [{"name": RTX.name, "memory_mib": 16303}]
     assert facts["driver"] == "580.1"
     assert facts["cpu"] == f"{XEON}, 8 cores"
+
+
+def test_what_a_driver_tells_of_its_settings_is_in_the_block(pretend: Pretend) -> None:
+    """Power limit and persistence mode; never the UUID, since the file is public."""
+    pretend(replace(RTX, uuid="GPU-secret", power_limit_w=360.0, persistence=False))
+    facts = machine.__wrapped__()
+    assert facts["gpu"] == [
+        {"name": RTX.name, "memory_mib": 16303, "power_limit_w": 360, "persistence": False}
+    ]
+    assert "secret" not in str(facts)
+    assert check_machine(facts, Place(Path("file.json")))["gpu"] == facts["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ((None,), None),
+        ((700.0,), "700 W"),
+        ((700.0, 700.0), "700 W"),
+        ((700.0, 600.4), "700 W, 600 W"),
+        ((None, 600.0), "untold, 600 W"),
+    ],
+)
+def test_a_power_limit_is_in_the_fingerprint_where_it_is_told(
+    pretend: Pretend, limits: tuple[float | None, ...], told: str | None
+) -> None:
+    """Records of machines that tell none stay comparable."""
+    pretend(*(replace(RTX, power_limit_w=limit) for limit in limits))
+    assert machine_fingerprint("lab").get("power_limit") == told
 
 
 def test_a_name_given_by_the_user_wins(pretend: Pretend) -> None:
@@ -108,7 +140,11 @@ def test_a_fingerprint_differs_where_the_hardware_does(pretend: Pretend) -> None
     assert seen[0]["gpu"] == "NVIDIA GeForce RTX 5080 16303 MiB"
     pretend(RTX, RTX)
     seen.append(machine_fingerprint("lab"))
-    pretend(Gpu(0, RTX.name, RTX.total_mib, "590.2"))
+    pretend(replace(RTX, driver="590.2"))
+    seen.append(machine_fingerprint("lab"))
+    pretend(replace(RTX, power_limit_w=360.0))
+    seen.append(machine_fingerprint("lab"))
+    pretend(replace(RTX, power_limit_w=300.0))
     seen.append(machine_fingerprint("lab"))
     pretend(RTX, cpu="another")
     seen.append(machine_fingerprint("lab"))

@@ -16,7 +16,9 @@ from pytest_llmperf.plan.config import (
     CorpusPass,
     Turn,
     Workload,
+    is_exclusive,
 )
+from pytest_llmperf.plan.options import OptionValue
 
 CONFIG = Config("c7", "tiny")
 WORKLOAD = Workload("multi_turn", (Turn(96, 48), Turn(32, 16)))
@@ -133,3 +135,58 @@ def test_values_are_frozen(value: object) -> None:
     field = dataclasses.fields(value)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, field, "other")
+
+
+def test_a_config_takes_cards_only_where_it_takes_a_gpu() -> None:
+    """One, if it does not say how many."""
+    assert CONFIG.cards == 0
+    assert dataclasses.replace(CONFIG, gpus=2).cards == 0
+    assert dataclasses.replace(CONFIG, gpu=True).cards == 1
+    assert dataclasses.replace(CONFIG, gpu=True, gpus=2).cards == 2
+
+
+@pytest.mark.parametrize("told", [None, True, False])
+def test_what_runs_on_the_cpu_is_exclusive(*, told: bool | None) -> None:
+    """Whatever it says: its figures are those of a host that does nothing else."""
+    assert is_exclusive(dataclasses.replace(CONFIG, exclusive=told))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "exclusive"),
+    [
+        ("threads", 4, False),
+        ("gpu-layers", 99, False),
+        ("gpu-layers", "all", False),
+        ("gpu-layers", 0, True),
+        ("gpu-layers", "0", True),
+        ("cpu-moe", True, True),
+        ("cpu-moe", False, False),
+        ("n-cpu-moe", 24, True),
+        ("n-cpu-moe", "24", True),
+        ("n-cpu-moe", 0, False),
+        ("kv-offload", False, True),
+        ("kv-offload", True, False),
+        ("override-tensor", "exps=CPU", True),
+        ("override-tensor", ("a=CUDA0", "b=CUDA0,exps=CPU"), True),
+        ("override-tensor", "CPU=CUDA0", False),
+        ("override-tensor", "exps=CUDA_Host", False),
+        ("device", "none", True),
+        ("device", "CUDA0", False),
+        ("fit", "on", True),
+        ("fit", "off", False),
+        ("spec-draft-cpu-moe", True, True),
+        ("spec-draft-n-cpu-moe", 2, True),
+        ("spec-draft-override-tensor", "exps=CPU", True),
+        ("spec-draft-ngl", 0, True),
+        ("spec-draft-ngl", 99, False),
+        ("spec-draft-device", "none", True),
+    ],
+)
+def test_what_leaves_work_to_the_cpu_is_exclusive(
+    name: str, value: OptionValue, *, exclusive: bool
+) -> None:
+    """Of a GPU config, unless it says itself whether it is."""
+    config = dataclasses.replace(CONFIG, gpu=True, options={"ctx-size": 4096, name: value})
+    assert is_exclusive(config) is exclusive
+    for told in (True, False):
+        assert is_exclusive(dataclasses.replace(config, exclusive=told)) is told

@@ -382,6 +382,44 @@ def test_a_config_may_be_compared_with_one_further_down(tmp_path: Path) -> None:
     assert load(tmp_path, AGAINST % "later" + more).configs["q8"].against == "later"
 
 
+def test_gpus_and_exclusive_are_inherited(tmp_path: Path) -> None:
+    """Until a config says otherwise, or takes back the GPU."""
+    text = (
+        MODEL
+        + """
+[configs.a]
+model = "tiny"
+gpu = true
+gpus = 2
+exclusive = false
+[configs.b]
+extends = "a"
+[configs.c]
+extends = "a"
+gpus = 1
+exclusive = true
+[configs.d]
+extends = "a"
+gpu = false
+[configs.e]
+extends = "d"
+gpu = true
+[configs.f]
+model = "tiny"
+exclusive = true
+"""
+    )
+    configs = load(tmp_path, text).configs
+    assert {name: (one.cards, one.exclusive) for name, one in configs.items()} == {
+        "a": (2, False),
+        "b": (2, False),
+        "c": (1, True),
+        "d": (0, None),
+        "e": (1, None),
+        "f": (0, True),
+    }
+
+
 def test_against_and_budgets_are_inherited(tmp_path: Path) -> None:
     """A config's own budget wins; what is compared with the config itself is compared with none."""
     suite = load(
@@ -558,7 +596,13 @@ NEITHER = "1: llama-bench takes one turn of `depth`, `prompt` and `generate`, an
         ("[builds.b]\nsource = 'docker:x'\nrun = [1]\n", "3: `run` must hold strings, not 1"),
         ("[builds.b]\nsource = 'docker:x'\nprogram = 1\n", "3: `program` must be a string, not 1"),
         # configs
-        (CONFIG + "gpus = true\n", "5: unknown key `gpus` in [configs.c] (nearest: gpu)"),
+        (CONFIG + "gpu_s = true\n", "5: unknown key `gpu_s` in [configs.c] (nearest: gpus)"),
+        (CONFIG + "exclusiv = true\n", "5: unknown key `exclusiv` in [configs.c] (nearest: ex"),
+        (CONFIG + "gpus = true\n", "5: `gpus` must be int, not True"),
+        (CONFIG + "gpu = true\ngpus = 0\n", "6: `gpus` must be at least 1, not 0"),
+        (CONFIG + "gpus = 2\n", "5: `gpus` is for a config with gpu = true"),
+        (CONFIG + "exclusive = 1\n", "5: `exclusive` must be true or false, not 1"),
+        (CONFIG + "exclusive = false\n", "5: exclusive = false is for a config with gpu = true"),
         (CONFIG + "gpu = 1\n", "5: `gpu` must be true or false, not 1"),
         (CONFIG + "marks = 'gpu'\n", "5: `marks` must be a list, not 'gpu'"),
         (CONFIG + "marks = [1]\n", "5: `marks` must hold strings, not 1"),

@@ -1152,7 +1152,7 @@ class Measured:
         """Return a launch of the build under test."""
         name = self.case.workload.name if self.case.workload else LAUNCH
         samples = {name: {self.metric: [self.value]}}
-        return Launch("b1", self.case.config.name, "llama-server", "", 0.0, samples=samples)
+        return Launch("b1", self.case.config.name, "llama-server", "", samples=samples)
 
 
 @dataclass

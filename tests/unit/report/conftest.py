@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pytest_llmperf.judge.verdict import Outcome, Verdict
@@ -55,3 +57,37 @@ def result(verdict: Verdict) -> Result:
         fingerprint={"threads": 2, "model": "abc", "gpu": True, "share": 0.5},
         measured={"decode_tps": [[50.0, 40.0], [62.5]], "ttft_ms": [[12.0]]},
     )
+
+
+@pytest.fixture
+def roofline() -> dict[str, Any]:
+    """Shares of the bandwidth that both builds used."""
+    return {
+        "gb_per_token": 4.6171,
+        "bandwidth_gbs": 960.0,
+        "source": "NVML: memory clock x bus width",
+        "new": 0.2963,
+        "base": 0.3367,
+    }
+
+
+@pytest.fixture
+def card() -> dict[str, Any]:
+    """A GPU of which all is known, and a stranger on it."""
+    return {
+        "index": 0,
+        "name": "NVIDIA H200",
+        "driver": "580.159.04",
+        "power_limit_w": 700.0,
+        "persistence": True,
+        "busy": 61.2,
+        "sm_clock_mhz": [1980, 1980, 1980],
+        "memory_clock_mhz": None,
+        "temperature_c": 45,
+        "power_w": 412.3,
+        "energy_j": 9000.0,
+        "used_peak_mib": 5312.4,
+        "throttled": {},
+        "power_capped": 0.0,
+        "foreign": [{"pid": 12, "name": "python3", "mib": 500.0, "busy": None}],
+    }

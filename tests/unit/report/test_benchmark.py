@@ -88,6 +88,14 @@ def test_case_builds_machine_and_verdicts_go_along(run_with: RunWith, result: Re
     }
 
 
+def test_the_roofline_goes_along(
+    run_with: RunWith, result: Result, roofline: dict[str, Any]
+) -> None:
+    """Where there is one."""
+    _, (benchmark,) = run_with(replace(result, roofline=roofline))
+    assert benchmark["extra_info"]["roofline"] == roofline
+
+
 def test_a_result_without_baseline_is_replayed(run_with: RunWith, result: Result) -> None:
     """A first recording is worth a benchmark, too."""
     _, (benchmark,) = run_with(replace(result, base=None))

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_results_json_holds_every_result_under_its_schema(tmp_path: Path, result
         "options",
         "reference",
         "partial",
+        "roofline",
     }
 
 
@@ -97,6 +99,31 @@ def test_the_page_shows_every_verdict_with_what_it_rests_on(
     if result.base is not None:
         shown += [result.base.command, *result.base.logs, f"Baseline: {result.base.about}"]
     assert [text for text in shown if text not in page.text] == []
+
+
+def test_the_page_shows_the_roofline_and_the_gpus(
+    tmp_path: Path, result: Result, roofline: dict[str, Any], card: dict[str, Any]
+) -> None:
+    """The share beside the decode speed, what it rests on, and a section with a line a GPU."""
+    assert result.base is not None
+    evil = card | {"name": "<b>card</b>"}
+    told = replace(
+        result,
+        roofline=roofline,
+        new=replace(result.new, gpu={"rate_hz": 9.8, "cards": [card, card | {"index": 1}]}),
+        base=replace(result.base, gpu={"rate_hz": 9.8, "cards": [evil]}),
+    )
+    page = Page(write_report(tmp_path, [told, result]))
+    share = "30 % of the bandwidth (34 % before)"
+    assert f"61.6 tok/s{share}" in page.text
+    assert f"{share}: a token reads 4.617 GB, the memory 960 GB/s (NVML: " in page.text
+    assert page.text.count(share) == 2
+    assert "b8156: GPU 0: NVIDIA H200, 61 % busy" in page.text
+    assert "b8156: GPU 1: NVIDIA H200" in page.text
+    assert "b8149: GPU 0: <b>card</b>, 61 % busy" in page.text
+    tags = [tag for tag, _ in page.tags]
+    assert (tags.count("h2"), tags.count("h3"), tags.count("li"), tags.count("b")) == (1, 1, 3, 0)
+    assert "GPU" not in Page(write_report(tmp_path, [result])).text
 
 
 def test_each_outcome_is_counted(tmp_path: Path, result: Result, verdict: Verdict) -> None:

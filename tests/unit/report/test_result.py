@@ -21,6 +21,7 @@ SIDES = st.builds(
     build=st.dictionaries(st.text(), st.text() | st.integers()),
     command=st.text(),
     logs=st.lists(st.text(), max_size=3).map(tuple),
+    gpu=st.dictionaries(st.text(), st.none() | st.lists(st.dictionaries(st.text(), FINITE))),
 )
 VERDICTS = st.builds(
     Verdict,
@@ -51,6 +52,7 @@ RESULTS = st.builds(
     fingerprint=st.dictionaries(st.text(), st.text() | st.integers() | FINITE | st.booleans()),
     measured=st.dictionaries(st.text(), st.lists(st.lists(FINITE, max_size=3), max_size=3)),
     partial=st.dictionaries(st.text(), st.integers() | st.dictionaries(st.text(), FINITE)),
+    roofline=st.dictionaries(st.text(), st.none() | FINITE | st.text()),
 )
 
 
@@ -69,6 +71,13 @@ def test_the_text_is_plain_json(result: Result) -> None:
     assert data["new"]["logs"] == ["/run/new-1.log", "/run/new-2.log"]
     assert data["verdicts"][0]["outcome"] == "REGRESSION"
     assert data["measured"]["decode_tps"] == [[50.0, 40.0], [62.5]]
+
+
+def test_a_result_from_before_there_were_gpu_facts_is_read(result: Result) -> None:
+    """Its keys lack the roofline and the use of the GPUs."""
+    data = json.loads(result.dumps())
+    del data["roofline"], data["new"]["gpu"], data["base"]["gpu"]
+    assert Result.loads(json.dumps(data)) == result
 
 
 def test_a_side_without_a_baseline_is_null(result: Result) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -60,6 +60,27 @@ def test_what_was_recorded_is_counted_in_its_unit(result: Result, metric: str, t
         error=None,
     )
     assert f"b.json: c7/short {told}" in reporter.lines
+
+
+def test_a_decode_speed_carries_its_share_of_the_bandwidth(
+    result: Result, roofline: dict[str, Any]
+) -> None:
+    """Behind the columns, which stay as they are; other metrics have none."""
+    reporter = Reporter()
+    other = replace(result.verdicts[0], metric="prefill_tps")
+    summarize(
+        cast("pytest.TerminalReporter", reporter),
+        [replace(result, roofline=roofline, verdicts=(*result.verdicts, other)), result],
+        written=[],
+        stale={},
+        strict=False,
+        report=None,
+        error=None,
+    )
+    header, decode, prefill, untold = reporter.lines[1:5]
+    assert decode == f"{untold}  30 % of the bandwidth (34 % before)"
+    assert prefill.endswith("REGRESSION")
+    assert "bandwidth" not in header
 
 
 def test_a_recorded_failure_and_a_crash_are_told(result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.report.wording import (
     HEADER,
     allowed,
+    bandwidth_told,
     columns,
     failure,
     figure,
@@ -22,6 +24,7 @@ from pytest_llmperf.report.wording import (
     interval,
     partial_told,
     percent,
+    roofline_told,
     row,
     rows,
     run_bound,
@@ -176,6 +179,53 @@ c7/short: decode_tps REGRESSION
 build with
     pytest --update-baselines."""
     )
+
+
+def test_a_failure_tells_the_roofline_and_the_gpus(
+    result: Result, roofline: dict[str, Any], card: dict[str, Any]
+) -> None:
+    """Under the figures of the decode speed, and under the build that the GPUs ran."""
+    side = replace(result.new, gpu={"rate_hz": 9.8, "cards": [card]})
+    text = failure(replace(result, new=side, roofline=roofline), strict=False)
+    assert (
+        "samples 12 + 16\n"
+        "    30 % of the bandwidth (34 % before); a token reads 4.617 GB, the memory 960 GB/s "
+        "(NVML: memory clock x bus width)\n"
+    ) in text
+    assert "    log             /run/new-2.log\n    GPU 0: NVIDIA H200, 61 % busy, " in text
+    assert text.count("GPU 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "30 % of the bandwidth (34 % before)"),
+        ({"base": None}, "30 % of the bandwidth"),
+        ({"new": None}, ""),
+    ],
+)
+def test_a_share_of_the_bandwidth_is_short(
+    result: Result, roofline: dict[str, Any], change: dict[str, Any], told: str
+) -> None:
+    """The baseline's stands behind it, if it has one."""
+    one = replace(result, roofline=roofline | change)
+    assert bandwidth_told(one, one.verdicts[0]) == told
+
+
+def test_what_was_not_counted_is_told(result: Result, roofline: dict[str, Any]) -> None:
+    """Behind what the share rests on."""
+    told = roofline_told(replace(result, roofline=roofline | {"notes": ["no state", "no index"]}))
+    assert told.endswith("960 GB/s (NVML: memory clock x bus width); no state; no index")
+
+
+def test_a_share_of_the_bandwidth_belongs_to_a_decode_speed(
+    result: Result, verdict: Verdict, roofline: dict[str, Any]
+) -> None:
+    """Not to other metrics, nor to what was not measured or where it means nothing."""
+    told = replace(result, roofline=roofline)
+    assert bandwidth_told(told, replace(verdict, metric="prefill_tps")) == ""
+    assert bandwidth_told(told, replace(verdict, new=None)) == ""
+    assert bandwidth_told(result, verdict) == roofline_told(result) == ""
 
 
 def test_a_failure_without_a_regression_has_no_next_step(result: Result, verdict: Verdict) -> None:

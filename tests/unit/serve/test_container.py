@@ -22,11 +22,11 @@ from pytest_llmperf.build.engine import OWNER, Engine, owner
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.errors import BuildError, ModelError, ServerError
-from pytest_llmperf.measure.host import _ours
+from pytest_llmperf.measure.host import is_ours
 from pytest_llmperf.plan.config import BuildEntry, ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve import launch
-from pytest_llmperf.serve.container import box, check_signals, how_it_ended
+from pytest_llmperf.serve.container import box, boxed_by, check_signals, how_it_ended
 from pytest_llmperf.serve.launch import ServePlan, Server, start
 
 DOCKER = Container(Engine(("docker",), podman=False), "id")
@@ -89,6 +89,23 @@ def test_each_file_is_shown_under_its_own_name(tmp_path: Path) -> None:
     assert boxed.files(files) == ModelFiles(
         Path("/models/0/main.gguf"), Path("/models/0/draft.gguf"), Path("/models/1/main.gguf")
     )
+
+
+def test_variables_are_told_to_it(tmp_path: Path) -> None:
+    """Before the user's own flags, which win."""
+    (tmp_path / "m.gguf").touch()
+    (tmp_path / "key").touch()
+    container = replace(DOCKER, run=("--env", "CUDA_VISIBLE_DEVICES=2"))
+    files, env = ModelFiles(tmp_path / "m.gguf"), {"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2"}
+    words = box(container, files, {}, tmp_path / "key", gpu=True, env=env).command
+    told = [after for one, after in pairwise(words) if one == "--env"]
+    assert told[-2:] == ["CUDA_VISIBLE_DEVICES=GPU-1,GPU-2", "CUDA_VISIBLE_DEVICES=2"]
+
+
+@pytest.mark.parametrize("pid", [1, 99_999_999])
+def test_what_is_no_container_of_ours_has_no_owner(pid: int) -> None:
+    """Nor what is not there."""
+    assert boxed_by(pid) is None
 
 
 def test_links_are_followed_and_parts_lie_beside_each_other(tmp_path: Path) -> None:
@@ -183,7 +200,9 @@ def test_a_server_in_a_container_is_served_and_removed(tmp_path: Path, kind: str
     with server:
         assert server.client.get("/props")
         assert server.pid is not None
-        assert server.pid in _ours()
+        assert server.pid is not None
+        assert is_ours(server.pid)
+        assert boxed_by(server.pid) == os.getpid()
         labels = json.loads((engine.state / f"{name}.container").read_text("utf-8"))["labels"]
         assert labels[OWNER] == str(owner())
         [key] = (tmp_path / "run" / "keys").iterdir()

@@ -14,6 +14,7 @@ from support.fakes import CONFIG, PATIENCE, Journal, fake_build, fake_server, go
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, ServerError
+from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.plan.config import ModelFiles
 from pytest_llmperf.plan.options import OptionValue
 from pytest_llmperf.serve import launch as module
@@ -23,6 +24,7 @@ from pytest_llmperf.serve.launch import (
     ServePlan,
     Server,
     compose,
+    needs,
     server_environment,
     server_options,
     start,
@@ -32,6 +34,7 @@ from pytest_llmperf.serve.launch import (
 MODEL = Path("models/model.gguf")
 KEY_FILE = Path("run/one.key")
 NO_KILLS = Kills(0, 0, 0, 0)
+CARDS = tuple(Gpu(index, f"GPU-{index}", "card", 1000, "1") for index in range(3))
 
 
 @pytest.fixture
@@ -125,6 +128,64 @@ def test_the_environment_is_scrubbed(
     kept = {"KEPT": "1", "GGML_CUDA_NO_PINNED": "1", "XDG_CONFIG_HOME": str(tmp_path)}
     assert {k: v for k, v in found.items() if os.environ.get(k) != v or k == "KEPT"} == kept
     assert not {k for k in found if k.startswith(("LLAMA_", "AIP_", "HF_TOKEN"))}
+
+
+@pytest.mark.parametrize(
+    ("leased", "told"),
+    [(CARDS, ""), ((), ""), (CARDS[1:2], "GPU-1"), ((CARDS[2], CARDS[0]), "GPU-2,GPU-0")],
+)
+def test_a_server_sees_the_cards_of_its_lease(
+    journal: Journal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leased: tuple[Gpu, ...],
+    told: str,
+) -> None:
+    """By their ids, and only where there are more; the build's own choice wins over that."""
+    monkeypatch.setattr(module, "gpus", lambda: CARDS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    build = fake_build(journal)
+    found = server_environment(build, tmp_path, leased)
+    assert found["CUDA_VISIBLE_DEVICES"] == (told or "0,1,2")
+    start = f"CUDA_VISIBLE_DEVICES={told} " if told else ""
+    assert module.shown(build, ["a b", "c"], leased) == f"{start}'a b' c"
+    own = fake_build(journal, env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert server_environment(own, tmp_path, leased)["CUDA_VISIBLE_DEVICES"] == "0"
+    assert module.shown(own, ["c"], leased) == "c"
+
+
+def test_a_started_server_has_the_cards_of_its_plan(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees them, and its command says so, also where it does not start."""
+    monkeypatch.setattr(module, "gpus", lambda: CARDS)
+    plan = ServePlan(tmp_path / "run", timeout=PATIENCE, cards=CARDS[1:2])
+    with start(fake_build(journal), CONFIG, ModelFiles(MODEL), plan) as server:
+        assert server.shown_command.startswith("CUDA_VISIBLE_DEVICES=GPU-1 /")
+        assert server.command[0].startswith("/")
+    assert journal.entries("start")[0]["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    with pytest.raises(ServerError, match="command: CUDA_VISIBLE_DEVICES=GPU-1 /"):
+        start(fake_build(journal, faults="start-exit"), CONFIG, ModelFiles(MODEL), plan)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sides", "found"),
+    [
+        (True, ("here", None), (2, False)),
+        (True, ("here", "url"), (2, False)),
+        (True, ("url", "url"), (0, True)),
+        (True, ("url", None), (0, True)),
+        (False, ("here", None), (0, True)),
+    ],
+)
+def test_what_measuring_takes_of_the_machine(
+    journal: Journal, *, gpu: bool, sides: tuple[str | None, ...], found: tuple[int, bool]
+) -> None:
+    """As the config says, where anything is started here."""
+    here = fake_build(journal)
+    known = {"here": here, "url": replace(here, url="http://127.0.0.1:1")}
+    builds = [known[side] if side else None for side in sides]
+    assert needs(replace(CONFIG, gpu=gpu, gpus=2), builds) == found
 
 
 def test_a_server_gets_the_server_environment(
