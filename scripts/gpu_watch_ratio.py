@@ -1,0 +1,94 @@
+"""Shows what it costs to watch a GPU while a server is measured on it.
+
+Asks one server the same again and again, with the watch on and off in the order of a coin flip, and
+prints the median ratio of its speeds::
+
+    python scripts/gpu_watch_ratio.py FOLDER_OF_LLAMA_CPP --config synth-1b
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+import platformdirs
+
+from pytest_llmperf.build.resolve import resolve
+from pytest_llmperf.build.spec import parse_spec
+from pytest_llmperf.gpu.cards import gpus
+from pytest_llmperf.gpu.watch import GpuWatch
+from pytest_llmperf.measure.host import is_ours
+from pytest_llmperf.measure.launch import Session, text_tokens
+from pytest_llmperf.models.locate import files_of, locate
+from pytest_llmperf.plan.suite import load_suite
+from pytest_llmperf.serve.launch import ServePlan, start
+from pytest_llmperf.settings import DEFAULT_SUITE
+
+METRICS = ("decode_tps", "prefill_tps", "ttft_ms")
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("build", help="a build spec")
+    parser.add_argument("--suite", type=Path, default=Path(DEFAULT_SUITE))
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--workload", default="answer")
+    parser.add_argument("--models", type=Path, action="append", default=[])
+    parser.add_argument("--pairs", type=int, default=20)
+    arguments = parser.parse_args()
+    suite = load_suite(arguments.suite)
+    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
+    build = resolve(
+        parse_spec(arguments.build, suite.builds, Path.cwd()), cache, lambda _text: None
+    )
+    [case] = suite.cases([arguments.config], [arguments.workload])
+    workload = case.workload
+    if workload is None:
+        parser.error(f"{arguments.workload} is no workload")
+    files = files_of(
+        case.config,
+        suite.models,
+        lambda model: locate(suite.models[model], arguments.models, cache, suite.models),
+    )
+    ratios: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    rates = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start(build, case.config, files, ServePlan(folder=Path(folder))) as server,
+    ):
+        session = Session(server, text_tokens(server))
+        session.settle()
+        for _ in range(3):
+            session.warm_up(workload)
+        for _ in range(arguments.pairs):
+            taken: dict[bool, dict[str, float]] = {}
+            for watched in random.sample((True, False), 2):
+                watch = GpuWatch(gpus() if watched else (), is_ours)
+                session.sample(workload)
+                watch.stop()
+                rates += [use.rate_hz for use in watch.uses()]
+                samples = session.launch.samples[workload.name]
+                taken[watched] = {metric: samples[metric][-1] for metric in METRICS}
+            for metric in METRICS:
+                ratios[metric].append(taken[True][metric] / taken[False][metric])
+    for metric, found in ratios.items():
+        logs = [math.log(one) for one in found]
+        error = stdev(logs) / math.sqrt(len(logs))
+        sys.stdout.write(
+            f"{metric}: watched / unwatched = {median(found):.4f}, mean "
+            f"{math.exp(fmean(logs)):.4f} ± {error:.4f}, {len(found)} pairs\n"
+        )
+    if rates:
+        sys.stdout.write(f"sampled at {median(rates):.1f} Hz\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
