@@ -479,6 +479,15 @@ def failure_of(error: LlmperfError) -> Failure:
     return Failure("too-slow", str(error).partition("\n")[0])
 
 
+def failure_in(verdicts: Sequence[Verdict]) -> Failure | None:
+    """Return the failure of a case that is to be recorded, None if there is none."""
+    for verdict in verdicts:
+        told = verdict.evidence.get("failed")
+        if verdict.outcome is Outcome.RECORDED and isinstance(told, Mapping):
+            return Failure(str(told["kind"]), str(told["what"]))
+    return None
+
+
 def failed_with(fingerprint: Fingerprint, failure: Failure, case: Case) -> Fingerprint:
     """Return the fingerprint of a case that fails: what is too slow is so by the limit it had."""
     if failure.kind != "too-slow" or case.workload is None or not case.workload.limit:

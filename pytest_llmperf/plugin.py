@@ -7,6 +7,8 @@ none of numpy, httpx and pynvml.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +19,16 @@ import pytest
 if TYPE_CHECKING:
     from pytest_llmperf.plan.config import Case
     from pytest_llmperf.plan.suite import Suite
+    from pytest_llmperf.recording import Written
     from pytest_llmperf.report.result import Result
-    from pytest_llmperf.session import Run, Written
+    from pytest_llmperf.session import Run
     from pytest_llmperf.settings import Settings
 
 pytest_plugins = ["pytest_llmperf.fixtures"]
 
 MARKERS = (
     "gpu: needs a GPU; fails where there is none",
+    "multi_gpu: needs several GPUs; fails where there are fewer",
     "long_running: takes more than a few minutes",
     "quality: measures answers, not speed",
     (
@@ -48,6 +52,7 @@ class _State:
         self.seen: list[Result] = []
         self.written: list[Written] = []
         self.report: Path | None = None
+        self.hears_sigterm = False
         self.headlines: dict[str, list[str]] = {}
         self.run_name = ""
         self._settings: Settings | None = None
@@ -188,8 +193,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave no server behind."""
     state = config.stash.get(STATE, None)
-    if state is not None and state.run is not None:
+    if state is None:
+        return
+    if state.run is not None:
         state.run.close()
+    if state.hears_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _hear_sigterm(state: _State) -> None:
+    """End in order when asked to end: with the report of what was judged until then.
+
+    As CI does when a job takes too long; pytest itself only knows Ctrl-C.
+    """
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+        state.hears_sigterm = True
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(signal.strsignal(number))
 
 
 # -- collection ---------------------------------------------------------------------------------
@@ -246,6 +270,8 @@ def _cases(state: _State, metafunc: pytest.Metafunc) -> list[Case]:
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
     names = [*(["gpu"] if case.config.gpu else []), *case.config.marks]
+    if case.config.cards > 1:
+        names.append("multi_gpu")
     if case.corpus_pass is not None:
         names += ["quality", *case.corpus_pass.marks]
     try:
@@ -306,14 +332,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     # pytest calls this hook even where the one before it failed.
     if not asks or session.testsfailed or state.error is not None:
         return
-    from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
-    from pytest_llmperf.fixtures import RUN  # noqa: PLC0415 - pytest rewrites that module first
-    from pytest_llmperf.report.progress import Progress  # noqa: PLC0415 - only when used
-    from pytest_llmperf.session import (  # noqa: PLC0415 - only when used
-        Worker,
+    from pytest_llmperf.beginning import (  # noqa: PLC0415 - only when used
         begin,
         check_baseline_name,
     )
+    from pytest_llmperf.errors import UserError  # noqa: PLC0415 - only when used
+    from pytest_llmperf.fixtures import RUN  # noqa: PLC0415 - pytest rewrites that module first
+    from pytest_llmperf.report.progress import Progress  # noqa: PLC0415 - only when used
+    from pytest_llmperf.session import Worker  # noqa: PLC0415 - only when used
 
     try:
         check_baseline_name(state.settings, state.suite)
@@ -324,6 +350,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         worker = Worker(told["workerid"], told["llmperf_run"]) if told is not None else None
         run = begin(state.settings, state.suite, selected, progress, worker)
         state.run = config.stash[RUN] = run
+        if worker is None:
+            _hear_sigterm(state)
         progress.announce(state.run)
     except UserError as error:
         _gave_up(state, error, session.items)
@@ -435,7 +463,7 @@ class _Collector:
         passed = report.passed and report.nodeid not in self._failed
         if passed and state.settings.update and not _is_worker(state.config):
             from pytest_llmperf.errors import BaselineError  # noqa: PLC0415 - only when used
-            from pytest_llmperf.session import write_baselines  # noqa: PLC0415 - only when used
+            from pytest_llmperf.recording import write_baselines  # noqa: PLC0415 - only when used
 
             try:
                 state.written += write_baselines(state.settings, results)
@@ -449,6 +477,8 @@ class _Collector:
 
         self._state.run_name = self._state.run_name or run_name()
         node.workerinput["llmperf_run"] = self._state.run_name
+        if _suite_if_any(self._state.config) is not None:
+            _hear_sigterm(self._state)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:  # noqa: ANN401, ARG002 - pytest-xdist's hook and types
@@ -505,7 +535,7 @@ def pytest_terminal_summary(
 
     stale: dict[Path, list[str]] = {}
     if state.written:
-        from pytest_llmperf.session import stale_entries  # noqa: PLC0415 - only when used
+        from pytest_llmperf.recording import stale_entries  # noqa: PLC0415 - only when used
 
         stale = stale_entries(state.suite, state.written)
     summarize(

@@ -6,10 +6,8 @@ Loaded only once a selected test uses a fixture of this plugin.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
-import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -17,42 +15,33 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import psutil
-
 from pytest_llmperf.build.bench_dialect import computing
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import devices_command, devices_of
-from pytest_llmperf.build.resolve import default_spec, resolve
+from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import is_spec, parse_spec
 from pytest_llmperf.build.tools import BENCH
 from pytest_llmperf.campaign.base import Campaign
 from pytest_llmperf.campaign.bench import BenchCampaign
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, nearest
-from pytest_llmperf.files import run_name
 from pytest_llmperf.gate import (
     Absent,
     Comparison,
     Fingerprint,
     Question,
-    Record,
-    SideBySide,
     Stored,
     failed_with,
+    failure_in,
     no_launch,
     unmeasured,
 )
 from pytest_llmperf.gpu.cards import all_gpus, gpus
 from pytest_llmperf.gpu.nvml import Kind, status
-from pytest_llmperf.judge import store
 from pytest_llmperf.judge.chunks import QUALITY
-from pytest_llmperf.judge.priors import Priors, path_of
-from pytest_llmperf.judge.priors import load as load_priors
-from pytest_llmperf.judge.references import Kept
-from pytest_llmperf.judge.store import Baseline, Failure
+from pytest_llmperf.judge.priors import Priors
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.leases import Leases
-from pytest_llmperf.measure import host
 from pytest_llmperf.measure.launch import PROTOCOL, Launch
 from pytest_llmperf.measure.machine import machine, machine_fingerprint
 from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, Metric
@@ -69,8 +58,6 @@ from pytest_llmperf.roof import DECODE, memory_of, roofline
 from pytest_llmperf.serve.launch import ServePlan, Server, needs, server_options, start
 from pytest_llmperf.serve.ollama import ollama_options
 from pytest_llmperf.settings import Settings
-
-_KEPT_RUNS = 10
 
 GUARDS = ("offloaded_layers",)
 """Metrics that every case of a GPU config is judged by as well, where they are known."""
@@ -108,29 +95,6 @@ class Worker:
         """Its number, from 0 on."""
         digits = self.name.removeprefix("gw")
         return int(digits) if digits.isdecimal() else 0
-
-
-def check_baseline_name(settings: Settings, suite: Suite) -> None:
-    """Refuse a ``--baseline`` that is neither recorded nor a build.
-
-    Raises:
-        UserError: With all that there is.
-    """
-    name = settings.baseline
-    if name is None or settings.update:
-        return
-    labels = store.labels(settings.baselines)
-    if name in labels or is_spec(name, suite.builds, settings.root):
-        return
-    # A spec of a kind that is known but not to be had says so itself.
-    if ":" in name:
-        parse_spec(name, suite.builds, settings.root)
-    raise PlanError(
-        f"--baseline={name}: neither recorded in {settings.baselines} nor a build"
-        f"{nearest(name, [*labels, *suite.builds])}; recorded: {', '.join(labels) or 'none'}; "
-        f"[builds]: {', '.join(suite.builds) or 'none'}; or give a build spec, such as "
-        "pypi:xllamacpp==0.2.12"
-    )
 
 
 @dataclass(slots=True)
@@ -237,8 +201,9 @@ class Run:
                 tuple(verdicts),
             )
         until = time.monotonic() + self.settings.budget if deadline is None else deadline
-        answers = {
-            name: Question(
+
+        def judge(name: str, own: float | None, until: float) -> Verdict:
+            question = Question(
                 campaign=campaign,
                 case=case,
                 metric=METRICS[name],
@@ -248,15 +213,20 @@ class Run:
                 fingerprint=lambda launch: self.fingerprint(case, launch),
                 priors=self.priors,
                 rematch=lambda: self.rematch(case.config, case.tool),
-            ).answer(self.comparison)
-            for name, own in {**_guards(case, asked), **asked}.items()
-        }
-        kept = [
+            )
+            return question.answer(self.comparison)
+
+        guards = _guards(case, asked)
+        failing = [
             verdict
-            for name, verdict in answers.items()
-            if name in asked or verdict.outcome is Outcome.REGRESSION
+            for name in guards
+            if (verdict := judge(name, None, until)).outcome is Outcome.REGRESSION
         ]
-        return self._result(nodeid, case, campaign, kept, tuple(answers))
+        if failing:
+            # It fails whatever the others say, and may be very slow: no more time is spent on it.
+            until = time.monotonic()
+        verdicts = [*failing, *(judge(name, own, until) for name, own in asked.items())]
+        return self._result(nodeid, case, campaign, verdicts, (*guards, *asked))
 
     def _gate_quality(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
         """Judge quality metrics of a case by passes over its corpus."""
@@ -281,7 +251,7 @@ class Run:
         fingerprint: Fingerprint = {}
         if new is not None:
             fingerprint = passes.fingerprint(case, new)
-        elif _failure_in(verdicts):
+        elif failure_in(verdicts):
             fingerprint = passes.conditions(case)
         return Result(
             nodeid=nodeid,
@@ -670,7 +640,7 @@ class Run:
             base = self._side(self.base, [pair.base for pair in pairs])
         else:
             base = self._stored_side()
-        failure = _failure_in(verdicts)
+        failure = failure_in(verdicts)
         fingerprint: Fingerprint = {}
         if new or failure is not None:
             fingerprint = self.fingerprint(case, new[0] if new else no_launch())
@@ -744,24 +714,15 @@ def check_metrics(case: Case, asked: Collection[str]) -> None:
         )
 
 
-def _guards(case: Case, asked: Collection[str]) -> dict[str, float | None]:
+def _guards(case: Case, asked: Collection[str]) -> tuple[str, ...]:
     """Return the metrics that are judged with every case of their kind, and shown if they fail.
 
     A build that offloads fewer layers than before is slower for that, which no figure of speed
     says by itself.
     """
     if not case.config.gpu or case.tool == BENCH:
-        return {}
-    return {name: None for name in GUARDS if name not in asked}
-
-
-def _failure_in(verdicts: Sequence[Verdict]) -> Failure | None:
-    """Return the failure of a case that is to be recorded, None if there is none."""
-    for verdict in verdicts:
-        told = verdict.evidence.get("failed")
-        if verdict.outcome is Outcome.RECORDED and isinstance(told, Mapping):
-            return Failure(str(told["kind"]), str(told["what"]))
-    return None
+        return ()
+    return tuple(name for name in GUARDS if name not in asked)
 
 
 def _partial(campaign: Campaign, case: Case) -> Mapping[str, object]:
@@ -782,189 +743,3 @@ def _measured(
         if taken := [list(value) for value in values if value]:
             found[metric.name] = taken
     return found
-
-
-def begin(
-    settings: Settings,
-    suite: Suite,
-    selected: Sequence[Case],
-    progress: Progress,
-    worker: Worker | None = None,
-) -> Run:
-    """Resolve the builds and the baseline of a run.
-
-    Args:
-        settings: What it was told.
-        suite: The suite file.
-        selected: Cases of the selected tests.
-        progress: Says what goes on.
-        worker: Which worker of pytest-xdist this is, or None.
-
-    Raises:
-        UserError: If a build or baseline cannot be found or read.
-    """
-    new = resolve(
-        parse_spec(settings.build or default_spec(os.environ), suite.builds, settings.root),
-        settings.cache,
-        progress,
-        settings.containers,
-    )
-    comparison, base = _comparison(settings, suite, new, progress)
-    if worker is not None:
-        host.share(worker.controller)
-    by_config: dict[str, list[Case]] = {}
-    for case in selected:
-        by_config.setdefault(case.config.name, []).append(case)
-    return Run(
-        settings=settings,
-        suite=suite,
-        new=new,
-        base=base,
-        comparison=comparison,
-        folder=_run_folder(settings.root / ".llmperf", worker),
-        progress=progress,
-        seed=time.time_ns(),
-        selected=by_config,
-        priors=load_priors(path_of(settings.cache, str(machine(settings.machine)["key"]))),
-        worker=worker,
-    )
-
-
-def _comparison(
-    settings: Settings, suite: Suite, new: Build, progress: Progress
-) -> tuple[Comparison, Build | None]:
-    if settings.update:
-        store.validate_label(new.label)
-        return Record(), None
-    key = str(machine(settings.machine)["key"])
-    record = f"`pytest --llmperf-build={settings.build or new.source} --update-baselines`"
-    name = settings.baseline
-    if name is None:
-        name = store.newest(settings.baselines, key)
-        if name is None:
-            return Absent(
-                f"nothing is recorded for this machine ({key}) in {settings.baselines}: record it "
-                f"with {record}, or measure a second build side by side with --baseline=SPEC"
-            ), None
-    if (path := store.find(settings.baselines, name, key)) is not None:
-        return Stored(
-            store.load(path),
-            name,
-            str(path),
-            _spec_of(name, suite, new),
-            _oldest(settings.baselines, key, name),
-        ), None
-    if is_spec(name, suite.builds, settings.root):
-        spec = parse_spec(name, suite.builds, settings.root)
-        return SideBySide(), resolve(spec, settings.cache, progress, settings.containers)
-    return Absent(
-        f"baseline {name} was not recorded on this machine ({key}): record it with `pytest "
-        f"{_spec_of(name, suite, new)} --update-baselines`, or measure it "
-        "side by side with --baseline=SPEC, SPEC being its build"
-    ), None
-
-
-def _oldest(folder: Path, key: str, compared: str) -> tuple[str, Baseline] | None:
-    """Return the oldest baseline of this machine, None if it is the one compared with."""
-    label = store.oldest(folder, key)
-    path = None if label in {None, compared} else store.find(folder, str(label), key)
-    return None if path is None else (str(label), store.load(path))
-
-
-def _spec_of(name: str, suite: Suite, new: Build) -> str:
-    """Return the option that makes the build of a baseline the build under test."""
-    if name in suite.builds:
-        return f"--llmperf-build={name}"
-    if name == new.label:
-        return f"--llmperf-build={shlex.quote(new.source)}"
-    return f"--llmperf-build='<spec of {name}>'"
-
-
-def _run_folder(parent: Path, worker: Worker | None = None) -> Path:
-    """Return a new run folder; the oldest ones go, except those of runs that still go on.
-
-    Workers of one run share it, and have a folder inside each.
-    """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{parent}: cannot keep logs there: {error.strerror}") from error
-    (parent / ".gitignore").write_text("*\n", "utf-8")
-    runs = sorted(p for p in parent.glob("run-*") if p.is_dir() and not _goes_on(p))
-    for old in runs[: max(len(runs) - _KEPT_RUNS + 1, 0)]:
-        shutil.rmtree(old, ignore_errors=True)
-    folder = parent / (run_name() if worker is None else worker.run)
-    folder.mkdir(exist_ok=True)
-    with suppress(OSError):
-        latest = parent / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(folder.name)
-    if worker is not None:
-        folder /= worker.name
-        folder.mkdir(exist_ok=True)
-    return folder
-
-
-def _goes_on(folder: Path) -> bool:
-    pid = folder.name.rpartition("-")[2]
-    return pid.isdecimal() and psutil.pid_exists(int(pid))
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One baseline file that was written: where, and what changed in it."""
-
-    path: Path
-    changes: Sequence[store.Change]
-
-
-def write_baselines(settings: Settings, results: Sequence[Result]) -> list[Written]:
-    """Write the results of one passed test to the baseline file of their build and machine.
-
-    Args:
-        settings: Where baselines are kept.
-        results: What the test measured, in any process of this run.
-
-    Raises:
-        BaselineError: If the file cannot be read or written.
-    """
-    facts = machine(settings.machine)
-    written = []
-    for result in results:
-        label = store.validate_label(result.new.label)
-        path = settings.baselines / label / f"{facts['key']}.json"
-        digest = str(result.fingerprint.get("reference", ""))
-        kept = {result.case: Kept(Path(result.reference), digest)} if result.reference else {}
-        changes = store.update(
-            path,
-            build=result.new.build,
-            machine=facts,
-            recorded={
-                "at": time.strftime("%Y-%m-%d"),
-                "by": "measured",
-                "source": "pytest --update-baselines",
-            },
-            measured={
-                result.case: store.Measured(
-                    fingerprint=result.fingerprint,
-                    metrics=result.measured,
-                    failed=_failure_in(result.verdicts),
-                )
-            },
-            references=kept,
-        )
-        # A test that measured nothing makes no file.
-        if path.is_file():
-            written.append(Written(path, changes))
-    return written
-
-
-def stale_entries(suite: Suite, written: Sequence[Written]) -> dict[Path, list[str]]:
-    """Return, by file, the entries that no case of the suite file makes any more."""
-    makes = {
-        f"{config}/{workload}"
-        for config in suite.configs
-        for workload in (LAUNCH, *suite.workloads, *suite.passes)
-    }
-    found = {path: store.stale(store.load(path), makes) for path in {one.path for one in written}}
-    return {path: entries for path, entries in found.items() if entries}

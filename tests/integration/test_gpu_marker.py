@@ -58,3 +58,19 @@ def test_mark_of_the_test_counts_too(project: Project) -> None:
     assert done.code == 1
     assert done.verdicts() == {"one/launch n_ctx": "ERROR"}
     assert "1 failed, 1 error" in done.text
+
+
+def test_configs_of_several_gpus_can_be_left_out(project: Project) -> None:
+    """They carry a mark of their own, since many a GPU machine has one."""
+    suite = project.path / "suites" / "llmperf.toml"
+    pair = '\n[configs.pair]\nextends = "card"\ngpus = 2\n'
+    suite.write_text(suite.read_text("utf-8") + pair, "utf-8")
+    project.write("test_suite.py", MODULE.replace('"card"', '"card", "pair"'))
+    for expression, found in (
+        ("gpu", {"card", "pair"}),
+        ("gpu and not multi_gpu", {"card"}),
+        ("multi_gpu", {"pair"}),
+    ):
+        done = project.run("--collect-only", "-q", "-m", expression, report=False)
+        named = {name for name in ("one", "card", "pair") if f"test_context[{name}]" in done.text}
+        assert named == found

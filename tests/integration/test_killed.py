@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,14 @@ import pytest
 @pytest.mark.llmperf(configs=["one"], workloads=["long"])
 def test_decode(speed):
     speed.gate("decode_tps")
+"""
+
+FIRST = """
+import pytest
+
+@pytest.mark.llmperf(configs=["two"])
+def test_first(memory):
+    memory.gate("kv_mib")
 """
 
 
@@ -85,3 +94,26 @@ def test_killed_record_keeps_the_file_whole(project: Project) -> None:
         run.wait()
     assert path.read_bytes() == before
     assert _until(lambda: not _servers(project)), _servers(project)
+
+
+def test_being_asked_to_end_keeps_what_was_judged(project: Project) -> None:
+    """SIGTERM, as of CI whose time is up: servers stop in order, and the report is written."""
+    project.lengthen()
+    tests = MODULE.replace("def test_decode", "def test_second")
+    project.write("test_suite.py", FIRST + tests)
+    arguments = ("-q", "--update-baselines", "--llmperf-report=report")
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", *arguments], cwd=project.path, stdout=subprocess.PIPE
+    ) as run:
+        try:
+            assert _until(lambda: bool(project.baseline_files())), "the first test should be done"
+            assert _until(lambda: bool(_servers(project))), "the second one's server should be up"
+            run.send_signal(signal.SIGTERM)
+            output, _ = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 2
+    assert not _servers(project)
+    results = json.loads((project.path / "report" / "results.json").read_text("utf-8"))["results"]
+    assert [one["case"] for one in results] == ["two/launch"]
+    assert b"two/launch" in output, "the table is shown as well"

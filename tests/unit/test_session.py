@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,13 @@ from support.fakes import Journal, add_bench, eventually, fake_command, write_pr
 from support.streams import CHUNKS, Lab, made_up
 
 from pytest_llmperf import session
+from pytest_llmperf.beginning import (
+    KEPT_RUNS,
+    _comparison,
+    begin,
+    check_baseline_name,
+    run_folder,
+)
 from pytest_llmperf.build.devices import Device
 from pytest_llmperf.errors import (
     BaselineError,
@@ -31,23 +39,13 @@ from pytest_llmperf.judge import store
 from pytest_llmperf.judge.references import find_reference
 from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome
+from pytest_llmperf.measure import launch
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.plan.config import LAUNCH, Case, Config, CorpusPass, Turn, Workload
 from pytest_llmperf.plan.suite import Suite, load_suite
-from pytest_llmperf.session import (
-    _KEPT_RUNS,
-    Run,
-    Worker,
-    _comparison,
-    _measured,
-    _run_folder,
-    begin,
-    check_baseline_name,
-    check_metrics,
-    stale_entries,
-    write_baselines,
-)
+from pytest_llmperf.recording import stale_entries, write_baselines
+from pytest_llmperf.session import Run, Worker, _measured, check_metrics
 from pytest_llmperf.settings import Settings
 
 SUITE = """
@@ -877,6 +875,34 @@ def test_without_a_gpu_every_gpu_config_fails(
     assert project.journal.starts() == []
 
 
+def test_fewer_layers_on_the_gpu_fail_every_case_by_name(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded with whatever is gated, shown only where they fail, and no more is measured then."""
+    run = project.run(update=True)
+    case = case_of(run, "card", "w24")
+    run.selected = {"card": [case]}
+    recorded = run.gate("speed", case, {"decode_tps": None})
+    assert [verdict.metric for verdict in recorded.verdicts] == ["decode_tps"]
+    assert recorded.measured["offloaded_layers"] == [[5.0]] * 3
+    write_baselines(run.settings, [recorded])
+    again = project.run(baseline="b9001")
+    again.selected = {"card": [case]}
+    assert [one.metric for one in again.gate("s", case, {"decode_tps": None}).verdicts] == [
+        "decode_tps"
+    ]
+    read = launch.read_log
+    monkeypatch.setattr(launch, "read_log", lambda text: replace(read(text), offloaded_layers=2))
+    fewer = project.run(baseline="b9001")
+    fewer.selected = {"card": [case]}
+    first, second = fewer.gate("s", case, {"decode_tps": None}, time.monotonic() + 600).verdicts
+    assert (first.metric, first.outcome) == ("offloaded_layers", Outcome.REGRESSION)
+    assert "offloaded_layers is 2 layers, 5 in the baseline" in first.reason
+    assert second.metric == "decode_tps"
+    [campaign] = fewer._campaigns.values()
+    assert campaign.measured[1] <= 3, "what cannot pass is not measured until it is clear"
+
+
 def test_a_test_marked_gpu_makes_its_config_one(project: Project) -> None:
     """All selected tests of the config share its launches, whichever comes first."""
     run = project.run(update=True)
@@ -1097,14 +1123,14 @@ def test_waiting_is_not_on_the_budget(project: Project) -> None:
 # -- run folders ------------------------------------------------------------------------------
 
 
-def test_old_run_folders_go(tmp_path: Path) -> None:
+def test_oldrun_folders_go(tmp_path: Path) -> None:
     """The newest are kept, together with the new one as many as are meant to be."""
     gone = 99_999_999
     for day in range(1, 16):
         (tmp_path / f"run-202601{day:02d}-000000-{gone}").mkdir()
-    folder = _run_folder(tmp_path)
+    folder = run_folder(tmp_path)
     left = sorted(path.name for path in tmp_path.glob("run-*"))
-    assert len(left) == _KEPT_RUNS
+    assert len(left) == KEPT_RUNS
     assert left[-1] == folder.name
     assert left[0] == f"run-20260107-000000-{gone}"
     assert (tmp_path / "latest").resolve() == folder
@@ -1115,7 +1141,7 @@ def test_folders_of_runs_that_go_on_stay(tmp_path: Path) -> None:
     """Many processes of one run, or a run beside this one, keep their logs and keys."""
     for day in range(1, 16):
         (tmp_path / f"run-202601{day:02d}-000000-{os.getpid()}").mkdir()
-    _run_folder(tmp_path)
+    run_folder(tmp_path)
     assert len(list(tmp_path.glob("run-*"))) == 16
 
 
@@ -1126,7 +1152,7 @@ def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine", "utf-8")
     for day in range(1, 16):
         (tmp_path / f"run-202601{day:02d}-000000-mine").mkdir()
-    folder = _run_folder(tmp_path)
+    folder = run_folder(tmp_path)
     assert folder.is_dir()
     assert (tmp_path / "notes").exists()
     assert (tmp_path / "run-file").exists()
