@@ -31,6 +31,7 @@ from pytest_llmperf.gate import (
     Fingerprint,
     Question,
     Stored,
+    differences,
     failed_with,
     failure_in,
     no_launch,
@@ -58,6 +59,9 @@ from pytest_llmperf.roof import DECODE, memory_of, roofline
 from pytest_llmperf.serve.launch import ServePlan, Server, needs, server_options, start
 from pytest_llmperf.serve.ollama import ollama_options
 from pytest_llmperf.settings import Settings
+
+_OF_BUILD = frozenset({"options", "env", "run"})
+"""Parts of a fingerprint that tell how a build is started."""
 
 GUARDS = ("offloaded_layers",)
 """Metrics that every case of a GPU config is judged by as well, where they are known."""
@@ -212,7 +216,7 @@ class Run:
                 launches=self.settings.launches,
                 fingerprint=lambda launch: self.fingerprint(case, launch),
                 priors=self.priors,
-                rematch=lambda: self.rematch(case.config, case.tool),
+                rematch=lambda: self.rematch(case),
             )
             return question.answer(self.comparison)
 
@@ -376,12 +380,13 @@ class Run:
             self._campaigns[key] = self._campaign(config, tool, self.base)
         return self._campaigns[key]
 
-    def rematch(self, config: Config, tool: Tool) -> Campaign:
+    def rematch(self, case: Case) -> Campaign:
         """Return the campaign of the build under test against the recorded baseline's build.
 
         Raises:
             LlmperfError: If that build, as it was recorded, cannot be started here.
         """
+        config, tool = case.config, case.tool
         key = config.name, config.gpu, tool
         if key not in self._rematches:
             if self._recorded is None:
@@ -391,6 +396,7 @@ class Run:
                     self._recorded = error
             if isinstance(self._recorded, LlmperfError):
                 raise self._recorded
+            self._check_as_recorded(self._recorded, case)
             self._rematches[key] = self._campaign(config, tool, self._recorded)
         return self._rematches[key]
 
@@ -407,6 +413,19 @@ class Run:
         if found.sha256 != known.get("sha256"):
             raise BuildError(f"{named} is not the build that was recorded as {label}")
         return found
+
+    def _check_as_recorded(self, build: Build, case: Case) -> None:
+        """Refuse a build whose entry in the suite file was another when it was recorded."""
+        if not isinstance(self.comparison, Stored):  # pragma: no cover - else nothing is recorded
+            return
+        known = self.comparison.baseline.fingerprints.get(case.key, {})
+        now = _conditions(build, case)
+        differing = differences({name: known[name] for name in known.keys() & _OF_BUILD}, now)
+        if differing:
+            raise BuildError(
+                f"{self.comparison.label} would not be started as it was recorded "
+                f"({'; '.join(differing)}): see its entry in [builds]"
+            )
 
     def _campaign(self, config: Config, tool: Tool, base: Build | None) -> Campaign:
         self._require_gpu(needed=config.gpu)
@@ -454,13 +473,10 @@ class Run:
 
     def fingerprint(self, case: Case, launch: Launch) -> Fingerprint:
         """Return what must be equal for another result to be comparable with this launch."""
-        options = server_options(self.new, case.config)
-        if case.tool == BENCH:
-            options = computing(options)
         found: dict[str, str | int | float | bool] = {
             **machine_fingerprint(self.settings.machine),
             "protocol": PROTOCOL,
-            "options": told(options),
+            **_conditions(self.new, case),
         }
         if case.tool != "llama-server":
             found["tool"] = case.tool
@@ -472,7 +488,6 @@ class Run:
             asked = told(ollama_options(case.config)[0]) if self.new.api == "ollama" else ""
             found |= {"model": launch.model, "options": asked or "of the running server"}
         else:
-            found |= self.new.conditions
             files = self.files(case.config)
             for name, path in (
                 ("model", files.main),
@@ -672,6 +687,16 @@ class Run:
         options = server_options(self.new, case.config)
         model = self.files(case.config).main
         return roofline(case, model, options, memory, decode, splits=splits[0])
+
+
+def _conditions(build: Build, case: Case) -> dict[str, str]:
+    """Return what a fingerprint holds of how a build is started for a case."""
+    options = server_options(build, case.config)
+    if case.tool == BENCH:
+        options = computing(options)
+    # What a running server was started with is its own affair.
+    own = build.conditions if build.url is None else {}
+    return {"options": told(options), **own}
 
 
 def _gpu_use(launches: Sequence[Launch]) -> Mapping[str, object]:

@@ -159,6 +159,20 @@ def test_stored_regression_stands_where_its_build_is_gone(project: Project) -> N
     assert "is not the build that was recorded as b11549" in done.text
 
 
+def test_stored_regression_stands_where_its_build_is_started_otherwise(project: Project) -> None:
+    """An entry in [builds] whose options have changed since the record is another build."""
+    entry = '\n[builds.b11549]\nsource = "embedded"\n'
+    suite = project.path / "suites" / "llmperf.toml"
+    plain = suite.read_text("utf-8")
+    suite.write_text(plain + entry, "utf-8")
+    _record(project)
+    _as_if_faster(project, 100)
+    suite.write_text(plain + entry + "options = { batch-size = 32 }\n", "utf-8")
+    done = project.run("--baseline=b11549", "-k", "decode")
+    assert done.verdicts() == {"one/w decode_tps": "REGRESSION"}
+    assert "b11549 would not be started as it was recorded (options: " in done.text
+
+
 def test_oldest_set_is_shown_beside_the_newest(project: Project) -> None:
     """What the newest baseline has already given away shows against the oldest."""
     _record(project)

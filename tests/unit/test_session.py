@@ -39,7 +39,7 @@ from pytest_llmperf.judge import store
 from pytest_llmperf.judge.references import find_reference
 from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome
-from pytest_llmperf.measure import launch
+from pytest_llmperf.measure import launch, logfacts
 from pytest_llmperf.measure.launch import Launch
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.plan.config import LAUNCH, Case, Config, CorpusPass, Turn, Workload
@@ -891,7 +891,7 @@ def test_fewer_layers_on_the_gpu_fail_every_case_by_name(
     assert [one.metric for one in again.gate("s", case, {"decode_tps": None}).verdicts] == [
         "decode_tps"
     ]
-    read = launch.read_log
+    read = logfacts.read_log
     monkeypatch.setattr(launch, "read_log", lambda text: replace(read(text), offloaded_layers=2))
     fewer = project.run(baseline="b9001")
     fewer.selected = {"card": [case]}
