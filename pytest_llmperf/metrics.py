@@ -85,7 +85,8 @@ METRICS: dict[str, Metric] = {
             "tok/J",
             "higher",
             0.10,
-            "generated tokens / energy of the GPUs while they were asked for, prompts included",
+            "generated tokens / energy of the GPUs while they were asked for, prompts and whoever "
+            "waits on them included",
         ),
         Metric("load_ms", "ms", "lower", "timing", "launch", 0.25, 50.0, "process start to ready"),
         Metric(

@@ -28,9 +28,17 @@ from typing import BinaryIO, TypeVar
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.tools import PERPLEXITY, tool_of
-from pytest_llmperf.errors import BaselineError, LlmperfError, ModelError, RunError
+from pytest_llmperf.errors import (
+    BaselineError,
+    CheckError,
+    LlmperfError,
+    ModelError,
+    RunError,
+)
 from pytest_llmperf.files import expanded
 from pytest_llmperf.leases import Leases
+from pytest_llmperf.measure.logfacts import read_log
+from pytest_llmperf.measure.on_gpu import OnGpu, fell_back
 from pytest_llmperf.metrics import FEWEST_CHUNKS
 from pytest_llmperf.models.locate import sha256
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
@@ -47,7 +55,7 @@ from pytest_llmperf.quality.reference import (
 )
 from pytest_llmperf.quality.side import Side, Way, has_tool
 from pytest_llmperf.quality.values import Chunks, all_figures, base_values, chunk_values
-from pytest_llmperf.serve.launch import ServePlan, needs
+from pytest_llmperf.serve.launch import ServePlan, needs, server_options
 
 _T = TypeVar("_T")
 
@@ -88,6 +96,8 @@ class Passed:
             reference itself.
         doubt: What the reference adds to the mean KLD: its standard error, and the bounds that
             hold for certain, nats; empty where nothing.
+        gpu: What its GPUs did meanwhile, as JSON values; empty where there are none. Of two passes
+            at once it is what they did under both.
     """
 
     build: str
@@ -100,6 +110,7 @@ class Passed:
     model: str = ""
     summary: Mapping[str, object] = field(default_factory=dict)
     doubt: Mapping[str, float] = field(default_factory=dict)
+    gpu: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -147,7 +158,7 @@ class Passes:
         if base is None:
             raise RunError("there is no second build to measure side by side")
         if not config.against and self._fits(config, 2):
-            return self._once((case.key, "both"), lambda: self._both(base, config, one))
+            return self._once((case.key, config.gpu, "both"), lambda: self._both(base, config, one))
         first = self._alone(base, case)
         return first, self._against(self.new, case, _file_of(first))
 
@@ -269,21 +280,23 @@ class Passes:
             )
             return self._against(build, case, reference)
         return self._once(
-            (build is self.new, case.key, "own"), lambda: self._own(build, config, one)
+            (build is self.new, case.key, config.gpu, "own"), lambda: self._own(build, config, one)
         )
 
     def _against(self, build: Build, case: Case, reference: Path) -> Passed:
         config, one = _parts(case)
         # Two builds that are equal are passed twice all the same: what differs is noise, and seen.
         return self._once(
-            (build is self.new, case.key, str(reference)),
+            (build is self.new, case.key, config.gpu, str(reference)),
             lambda: self._diverge(build, config, one, reference),
         )
 
     def _both(self, base: Build, config: Config, one: CorpusPass) -> tuple[Passed, Passed]:
-        with self._passing(config, f"{base.label} and {self.new.label} {one.name}"):
+        what = f"{base.label} and {self.new.label} {one.name}"
+        with self._passing(config, what) as on_gpu:
             sides = self._side(base, config, one), self._side(self.new, config, one)
             found = compare_passes(*sides, self.corpus(one), self._plan(one))
+            gpu = on_gpu.facts()
         tokens = found.tokens
         # Perplexities of both by the same means, or what one stream clips would count as a change.
         known = min(len(found.base.running), len(found.new.running))
@@ -291,23 +304,23 @@ class Passes:
             replace(one_pass, running=one_pass.running[:known])
             for one_pass in (found.base, found.new)
         )
-        return (
-            _passed(sides[0], found.base, base_values(first, tokens), tokens),
-            replace(
-                _passed(sides[1], found.new, chunk_values(second, tokens), tokens),
-                summary=all_figures(tokens),
-            ),
-        )
+        its_base = _passed(sides[0], found.base, base_values(first, tokens), tokens)
+        its_new = _passed(sides[1], found.new, chunk_values(second, tokens), tokens)
+        summary = all_figures(tokens)
+        return replace(its_base, gpu=gpu), replace(its_new, gpu=gpu, summary=summary)
 
     def _own(self, build: Build, config: Config, one: CorpusPass) -> Passed:
         """Record a config's own answers as a reference of the run folder."""
         name = re.sub(r"[^\w.+-]", "_", f"{build.label}-{config.name}-{one.name}")
         path = self.serve.folder / f"{name}{REFERENCE_SUFFIX}"
-        with self._passing(config, f"{build.label} {one.name}, recording a reference"):
+        what = f"{build.label} {one.name}, recording a reference"
+        with self._passing(config, what) as on_gpu:
             side = self._side(build, config, one)
             found, reference = self._record(side, one, path)
+            gpu = on_gpu.facts()
         tokens = own_divergences(reference)
-        return _passed(side, found, base_values(found, tokens), tokens, path)
+        passed = _passed(side, found, base_values(found, tokens), tokens, path)
+        return replace(passed, gpu=gpu)
 
     def _kept_reference(self, build: Build, config: Config, one: CorpusPass) -> Path:
         """Return the reference of another config's answers; it is kept, and never changed."""
@@ -378,25 +391,37 @@ class Passes:
             doubt.update(kld_error=found.kld_error, kld_least=low, kld_most=high)
             made.append(found.tokens)
 
-        with self._passing(config, f"{build.label} {one.name}"):
+        with self._passing(config, f"{build.label} {one.name}") as on_gpu:
             side = self._side(build, config, one)
             if self.names_file(config):
                 # Whoever recorded it, and by which program: it has no tail shared evenly.
                 side = replace(side, listed=_ALL_LISTED)
             found = side.run(self.corpus(one), self._plan(one), consume)
+            gpu = on_gpu.facts()
         passed = _passed(side, found, chunk_values(found, made[0]), made[0], reference)
-        return replace(passed, doubt=doubt, summary=all_figures(made[0]))
+        return replace(passed, doubt=doubt, summary=all_figures(made[0]), gpu=gpu)
 
     @contextlib.contextmanager
-    def _passing(self, config: Config, what: str) -> Iterator[None]:
+    def _passing(self, config: Config, what: str) -> Iterator[OnGpu]:
+        """Have the machine for a pass, and see to it that its GPUs' memory is free afterwards.
+
+        Raises:
+            LeakError: If it is not.
+        """
         self.before()
         gpus, exclusive = needs(config, (self.base, self.new))
         about = f"config {config.name}"
         try:
             with self.leases.hold(gpus, exclusive=exclusive, what=about) as cards:
                 self.serve = replace(self.serve, cards=cards)
+                on_gpu = OnGpu(cards if config.gpu else (), self._say)
                 self._say(f"{config.name}: {what}")
-                yield
+                try:
+                    yield on_gpu
+                except BaseException:
+                    on_gpu.end((), about, check=False)
+                    raise
+                on_gpu.end((), f"{about}: {what}")
         finally:
             self.serve = replace(self.serve, cards=())
 
@@ -433,8 +458,11 @@ class Passes:
         def progress(text: str) -> None:
             self._say(f"{config.name}: {build.label}: {text}")
 
+        def check(log: Path) -> None:
+            _require_gpu(build, config, log)
+
         serve = replace(self.serve, progress=progress)
-        return Side(build, config, model, self._way(one), serve, progress=progress)
+        return Side(build, config, model, self._way(one), serve, progress=progress, check=check)
 
     def _way(self, one: CorpusPass) -> Way:
         if one.path != "auto":
@@ -514,6 +542,19 @@ def _passed(
         reference,
         found.model,
     )
+
+
+def _require_gpu(build: Build, config: Config, log: Path) -> None:
+    """Refuse a pass that was to use a GPU and computes on the CPU, where its log says so.
+
+    Raises:
+        CheckError: With what shows it.
+    """
+    facts = read_log(log.read_text("utf-8", errors="replace"))
+    if why := fell_back(config, server_options(build, config), facts):
+        raise CheckError(
+            f"config {config.name}: {build.label} fell back to the CPU: {why}; see {log}"
+        )
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -390,7 +390,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
         return None
     from pytest_llmperf.workers import ConfigScheduling  # noqa: PLC0415 - only when used
 
-    return ConfigScheduling(config, log, suite.configs)
+    return ConfigScheduling(config, log, suite.configs, {*suite.workloads, *suite.passes})
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -198,12 +198,13 @@ def gpu_warnings(cards: Sequence[Gpu] | None = None) -> list[str]:
 def _use_warnings(cards: Sequence[Gpu], *, every: bool) -> list[str]:
     """Return a line if GPUs are in use, naming the processes that NVML knows of."""
     free = free_mib()
-    total = {card.index: card.total_mib for card in cards if card.total_mib}
-    shares = [free.get(index, 0.0) / total[index] for index in total]
+    # Of some the free memory is not told, such as of one that another user may not look at.
+    total = {card.index: card.total_mib for card in cards if card.total_mib and card.index in free}
+    shares = [free[index] / total[index] for index in total]
     if not shares or (min(shares) if every else max(shares)) >= FREE_SHARE:
         return []
     told = ", ".join(
-        f"GPU {index}: {free.get(index, 0.0):.0f} of {total[index]} MiB free" for index in total
+        f"GPU {index}: {free[index]:.0f} of {total[index]} MiB free" for index in total
     )
     held = (_holder(one) for one in holders() if one.gpu in total)
     who = ", ".join(held) or "NVML names no process"

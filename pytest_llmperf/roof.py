@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_llmperf.build.tools import BENCH
 from pytest_llmperf.errors import ModelError
 from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.judge.verdict import Verdict
@@ -17,6 +18,9 @@ from pytest_llmperf.plan.options import OptionValue
 DECODE = "decode_tps"
 BY_NVML = "NVML: memory clock x bus width"
 BY_USER = "ini llmperf_bandwidth"
+
+_IN_TURNS = frozenset({"layer", "none"})
+"""Ways to split a model with which its GPUs do not work at once."""
 
 _ONE_DEVICE = 2
 """Parts of the graph where all layers are on one device: the CPU looks the embeddings up."""
@@ -40,7 +44,8 @@ def memory_of(case: Case, cards: Sequence[Gpu], stated: float | None) -> Memory 
         cards: GPUs that it is measured on; none where it runs on the CPU.
         stated: GB/s as the user says, of the GPUs, or of the host where there is no GPU.
     """
-    if case.config.gpu == bool(cards) and stated is not None:
+    # GPUs that NVML does not know, such as another maker's, are none of the cards.
+    if stated is not None and (case.config.gpu or not cards):
         return Memory(stated, BY_USER)
     told = [card.bandwidth_gbs for card in cards]
     known = [one for one in told if one is not None]
@@ -75,15 +80,20 @@ def roofline(
     if memory is None or workload is None or decode.new is None:
         return {}
     drafts = config.draft or options.get("spec-type", "none") != "none"
-    spread = config.gpu and is_exclusive(config)
+    # By its options: one that only wants to be alone is on its GPU all the same.
+    spread = config.gpu and is_exclusive(replace(config, options=options, exclusive=None))
     if workload.parallel > 1 or drafts or spread or (splits or 0) > _ONE_DEVICE * config.gpus:
+        return {}
+    if config.cards > 1 and options.get("split-mode", "layer") not in _IN_TURNS:
+        # They read at once, as fast as all of them together.
         return {}
     types = (
         str(options.get("cache-type-k", "f16")),
         str(options.get("cache-type-v", "f16")),
     )
     try:
-        read = bytes_per_token(read_tensors(model), mean_depth(workload), types)
+        depth = mean_depth(workload, prompts=case.tool != BENCH)
+        read = bytes_per_token(read_tensors(model), depth, types)
         line = Roofline(read.total, memory.bandwidth_gbs, memory.source)
     except (ModelError, ValueError):
         # A type of the future, or an empty model: nothing to be compared with.

@@ -158,9 +158,6 @@ class Run:
             check_metrics(case, asked)
             case = replace(case, config=self._with_gpu(case.config, marked=gpu))
             self._require_gpu(needed=case.config.gpu)
-            if case.corpus_pass is None:
-                # What lacks a model need not wait for a GPU.
-                self.campaign(case.config, case.tool)
             self._lease_for(case)
 
     def gate(
@@ -189,11 +186,11 @@ class Run:
         case = replace(case, config=self._with_gpu(case.config, marked=gpu))
         try:
             self._require_gpu(needed=case.config.gpu)
+            # First, since a model may have to be made, which would disturb who measures now.
+            self._lease_for(case)
             if case.corpus_pass is not None:
-                self._lease_for(case)
                 return self._gate_quality(nodeid, case, asked)
             campaign = self.campaign(case.config, case.tool)
-            self._lease_for(case)
         except LlmperfError as error:
             verdicts = [unmeasured(METRICS[name], error) for name in asked]
             return Result(
@@ -274,7 +271,8 @@ class Run:
         side = self._side(build, ())
         if passed is None:
             return side
-        return replace(side, command=passed.command, logs=(passed.log,) if passed.log else ())
+        logs = (passed.log,) if passed.log else ()
+        return replace(side, command=passed.command, logs=logs, gpu=passed.gpu)
 
     def server(self, config: Config, *, gpu: bool = False) -> Server:
         """Return a running server of the build under test, started once a config.
@@ -682,7 +680,9 @@ class Run:
         decode = next((one for one in verdicts if one.metric == DECODE), None)
         if self.new.url is not None or not launches or decode is None:
             return {}
-        memory = memory_of(case, self.leases.held, self.settings.bandwidth)
+        # A lease of the whole machine holds more cards than the config takes.
+        cards = self.leases.held[: case.config.cards]
+        memory = memory_of(case, cards, self.settings.bandwidth)
         splits = launches[0].samples.get(LAUNCH, {}).get("graph_splits", [None])
         options = server_options(self.new, case.config)
         model = self.files(case.config).main

@@ -12,24 +12,32 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
 
 
-def config_of(nodeid: str, names: Collection[str]) -> str | None:
+def config_of(nodeid: str, names: Collection[str], works: Collection[str] = ()) -> str | None:
     """Return the config that a test is of, by its id; None if it is of none.
+
+    Parameters of the user's own may come before and behind, and be called as a config is: one that
+    has a workload or pass behind it comes first, then the first and longest.
 
     Args:
         nodeid: Such as ``suites/test_speed.py::test_decode[c7-short]``.
         names: Those of all configs.
+        works: Those of all workloads and passes; they have no dash.
     """
-    _, bracket, inside = nodeid.removesuffix("]").partition("[")
+    # Folders may have brackets in their names, too.
+    _, bracket, inside = nodeid.partition("::")[2].removesuffix("]").partition("[")
     if not bracket:
         return None
     parts = inside.split("-")
-    # Parameters of the user's own may come first.
+    found = None
     for first in range(len(parts)):
         for last in range(len(parts), first, -1):
             name = "-".join(parts[first:last])
-            if name in names:
+            if name not in names:
+                continue
+            if last < len(parts) and parts[last] in works:
                 return name
-    return None
+            found = found or name
+    return found
 
 
 class ConfigScheduling(LoadScopeScheduling):  # type: ignore[misc]  # as above
@@ -39,14 +47,21 @@ class ConfigScheduling(LoadScopeScheduling):  # type: ignore[misc]  # as above
         config: Of the running pytest.
         log: pytest-xdist's.
         names: Those of all configs of the suite file.
+        works: Those of all its workloads and passes.
     """
 
-    def __init__(self, config: pytest.Config, log: Any, names: Collection[str]) -> None:  # noqa: ANN401 - as above
+    def __init__(
+        self,
+        config: pytest.Config,
+        log: Any,  # noqa: ANN401 - as above
+        names: Collection[str],
+        works: Collection[str] = (),
+    ) -> None:
         super().__init__(config, log)
-        self._names = frozenset(names)
+        self._names, self._works = frozenset(names), frozenset(works)
 
     def _split_scope(self, nodeid: str) -> str:
-        name = config_of(nodeid, self._names)
+        name = config_of(nodeid, self._names, self._works)
         return nodeid if name is None else f"config {name}"
 
     def remove_node(self, node: Any) -> str | None:  # noqa: ANN401 - as above

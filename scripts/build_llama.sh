@@ -130,16 +130,24 @@ folder=$cache/$name
 
 # -- one at a time, and whole or not at all -----------------------------------------------------
 
-exec 9>"$cache/$name.lock"
+there() {
+    if [ -d "$folder" ]; then
+        say "$name is there"
+        printf '%s\n' "$folder/bin"
+        exit 0
+    fi
+}
+
+# Before the lock: who may not write to the cache folder can take what another one has built.
+there
+(: >>"$cache/$name.lock") 2>/dev/null ||
+    fail "cannot write to $cache: let all who build on this machine write there, or set LLMPERF_CACHE"
+exec 9>>"$cache/$name.lock"
 if ! flock --nonblock 9; then
     say "another one builds $name: waiting for it"
     flock 9
 fi
-if [ -d "$folder" ]; then
-    say "$name is there"
-    printf '%s\n' "$folder/bin"
-    exit 0
-fi
+there
 for tool in git cmake; do
     command -v "$tool" >/dev/null || fail "$tool is missing: install it"
 done

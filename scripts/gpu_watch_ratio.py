@@ -70,9 +70,8 @@ def main() -> int:
         for _ in range(arguments.pairs):
             taken: dict[bool, dict[str, float]] = {}
             for watched in random.sample((True, False), 2):
-                watch = GpuWatch(gpus() if watched else (), is_ours)
-                session.sample(workload)
-                watch.stop()
+                with GpuWatch(gpus() if watched else (), is_ours) as watch:
+                    session.sample(workload)
                 rates += [use.rate_hz for use in watch.uses()]
                 samples = session.launch.samples[workload.name]
                 taken[watched] = {metric: samples[metric][-1] for metric in METRICS}

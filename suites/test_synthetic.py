@@ -1,6 +1,9 @@
 """Any GPU without any weights: synthetic models of real shapes.
 
 The first run writes them into the cache folder: 1.3, 4.5, 17 and three times 20 GB.
+
+Tests of configs that take several GPUs are marked ``multi_gpu`` and fail where there are fewer:
+leave them out with ``-m "gpu and not multi_gpu"``.
 """
 
 import pytest

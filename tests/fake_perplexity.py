@@ -1,7 +1,8 @@
 """Stands in for llama-perplexity where the real one cannot be made to fail on demand.
 
 It speaks the tool's lines. ``FAULT`` in its environment says how it ends, ``STREAM`` names a file
-whose bytes it writes as its log-probabilities, ``STREAM_TYPE`` one for that type of K cache.
+whose bytes it writes as its log-probabilities, ``STREAM_TYPE`` one for that type of K cache,
+``DEVICE`` where its log says that its layers are, and ``LAYERS`` how many of four.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ HELP = """
 --chunks N                              max number of chunks
 --kl-divergence-base FNAME              file for the logits
 -ctk,  --cache-type-k TYPE              KV cache data type for K
+-ngl,  --gpu-layers, --n-gpu-layers N   layers to keep on the GPU
+-lv,   --verbosity, --log-verbosity N   Set the verbosity threshold. Values:
+                                         - 3: info
+                                         - 4: trace (more info)
+"""
+
+BUFFERS = """load_tensors: offloaded {layers}/4 layers to GPU
+load_tensors:   CPU_Mapped model buffer size =     3.00 MiB
+load_tensors:        {device} model buffer size =     7.00 MiB
+sched_reserve:  CUDA_Host compute buffer size =     1.00 MiB
 """
 
 
@@ -44,6 +55,9 @@ failed to allocate buffer for kv cache
 def play(fault: str, stream: BinaryIO | None) -> int:
     """Pass four chunks, unless the fault comes in between."""
     say = sys.stderr.write
+    if "DEVICE" in os.environ and sys.argv[sys.argv.index("--verbosity") + 1] == "4":
+        layers = os.environ.get("LAYERS", "4")
+        say(BUFFERS.format(device=os.environ["DEVICE"], layers=layers))
     say("perplexity: calculating perplexity over 4 chunks, n_ctx=512, batch_size=512\n")
     for chunk in range(1, 5):
         if chunk == 3 and fault in {"killed", "decode", "silent"}:

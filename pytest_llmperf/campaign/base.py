@@ -246,9 +246,11 @@ class Campaign(ABC):
         until = time.monotonic() + _QUIET_WAIT_S
         while time.monotonic() < until:
             watch, on_gpu = Watch(), self._on_gpu()
-            time.sleep(_QUIET_LOOK_S)
-            told = self._disturbed(watch, on_gpu.disturbed)
-            on_gpu.end((), what, check=False)
+            try:
+                time.sleep(_QUIET_LOOK_S)
+                told = self._disturbed(watch, on_gpu.disturbed)
+            finally:
+                on_gpu.stop()
             if not told:
                 return
             self._say(f"{what} waits for a quiet machine: {told}")
@@ -259,9 +261,17 @@ class Campaign(ABC):
     def _live(self) -> list[Workload]:
         return [workload for workload in self.workloads if workload.name not in self.failures]
 
-    def _on_gpu(self) -> OnGpu:
-        """Return a look at the GPUs of a program that is about to start."""
-        return OnGpu(self.serve.cards if self.config.gpu else (), self._say)
+    def _on_gpu(self, build: Build | None = None, instead: OnGpu | None = None) -> OnGpu:
+        """Return a look at the GPUs of a program that is about to start.
+
+        Args:
+            build: Its build: which GPUs a running server has is its own affair. None for a look
+                at the GPUs before any program.
+            instead: As of :class:`~pytest_llmperf.measure.on_gpu.OnGpu`.
+        """
+        own = self.config.gpu and (build is None or build.url is None)
+        cards = self.serve.cards if own else ()
+        return OnGpu(cards, self._say, instead=instead, guests=self.endpoint)
 
     def _watch(self) -> Watch | None:
         return Watch() if math.isfinite(self.foreign_load) else None

@@ -34,15 +34,15 @@ class BenchCampaign(Campaign):
         workloads = self._live()
         self._say(f"{what}: {build.label} by llama-bench")
         watch = self._watch()
-        on_gpu = self._on_gpu()
+        on_gpu = self._on_gpu(build)
         try:
             done = run_bench(self._plan(build, what), workloads)
+            launch = done.launch
+            launch.disturbed = self._disturbed(watch, on_gpu.disturbed) or wandering(launch)
+            launch.gpu = on_gpu.facts()
         except BaseException:
             on_gpu.end((), build.label, check=False)
             raise
-        launch = done.launch
-        launch.disturbed = self._disturbed(watch, on_gpu.disturbed) or wandering(launch)
-        launch.gpu = on_gpu.facts()
         on_gpu.end((), f"llama-bench of {build.label} for config {self.config.name}")
         self.failures |= done.failures
         return launch

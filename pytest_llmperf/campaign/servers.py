@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,6 +11,7 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches, Partial, wandering
 from pytest_llmperf.errors import OutOfMemoryError, RunError, TooSlowError
 from pytest_llmperf.measure.launch import Launch, Session, text_tokens
+from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.plan.config import LAUNCH, Workload
 from pytest_llmperf.preflight import fits_twice, weights_mib
 from pytest_llmperf.serve.launch import start
@@ -49,27 +51,34 @@ class ServerCampaign(Campaign):
             self._say(f"{what}: both builds at once do not fit, so they take turns")
         return self._run_apart(base, self.new, what)
 
-    def _open(self, build: Build, what: str) -> Session:
+    def _open(self, build: Build, what: str, instead: OnGpu | None = None) -> Session:
         self._say(f"{what}: starting {build.label}")
-        # From before the start: what it takes to load may be the most that it ever takes.
-        on_gpu = self._on_gpu()
-        try:
+        with ExitStack() as undo:
+            # From before the start: what it takes to load may be the most that it ever takes.
+            on_gpu = self._on_gpu(build, instead)
+            undo.callback(on_gpu.end, (), build.label, check=False)
             server = start(build, self.config, self.files, self.serve)
-        except BaseException:
-            on_gpu.end((), build.label, check=False)
-            raise
-        try:
+            undo.callback(server.stop)
             if not self._tokens:
                 # Tokenized once: both builds are asked the same ids, even if one of them
                 # would cut the text differently.
                 self._tokens = text_tokens(server)
             session = Session(server, self._tokens, on_gpu)
             session.settle()
-        except BaseException:
-            server.stop()
-            on_gpu.end((), build.label, check=False)
-            raise
+            undo.pop_all()
         return session
+
+    def _close(self, sessions: Iterable[Session], *, check: bool = True) -> None:
+        """Stop servers, and then see whether one left anything: until then others' is there.
+
+        Whatever goes wrong with one, the others are stopped too.
+        """
+        with ExitStack() as left:
+            for session in sessions:
+                left.callback(session.close, check=check)
+            # What is put there last is done first.
+            for session in sessions:
+                left.callback(session.stop)
 
     def _guarded(self, workload: Workload, session: Session, work: Callable[[], None]) -> bool:
         """Do the work; return whether the server is fit for more. A failure is the workload's."""
@@ -83,7 +92,7 @@ class ServerCampaign(Campaign):
                 build=session.server.build.label,
                 how=_how(error),
                 answered=launch.requests - begun,
-                asked=len(workload.turns) * workload.parallel * (self.pairs + 1),
+                asked=len(workload.turns) * workload.parallel * (self.pairs + session.warm_ups),
                 samples=launch.samples.pop(workload.name, {}),
             )
             # A server that hangs would let every further request hang behind this one.
@@ -93,8 +102,8 @@ class ServerCampaign(Campaign):
 
     def _run_alone(self, build: Build, what: str) -> Launch:
         session = self._open(build, what)
-        watch = self._watch()
         try:
+            watch = self._watch()
             for workload in self._live():
                 self._say(f"{what}: {build.label} {workload.name}")
                 work = partial(self._ask_one, workload, session)
@@ -120,10 +129,17 @@ class ServerCampaign(Campaign):
             for one in self.workloads[self.workloads.index(workload) + 1 :]
         )
 
-    def _reopen(self, dead: Session, what: str) -> Session:
-        """Start again what died or hangs, and go on with the workloads that did not kill it."""
-        dead.close()
-        session = self._open(dead.server.build, f"{what}, again after a crash")
+    def _reopen(self, dead: Session, what: str, *, alone: bool = True) -> Session:
+        """Start again what died or hangs, and go on with the workloads that did not kill it.
+
+        Args:
+            dead: Its session.
+            what: Names the unit for people.
+            alone: Whether no other server runs meanwhile.
+        """
+        dead.close(alone=alone)
+        again = f"{what}, again after a crash"
+        session = self._open(dead.server.build, again, None if alone else dead.on_gpu)
         launch = session.launch
         launch.samples = {**dead.launch.samples, LAUNCH: launch.samples[LAUNCH]}
         launch.digests = {**dead.launch.digests, **launch.digests}
@@ -136,12 +152,16 @@ class ServerCampaign(Campaign):
         try:
             # Who starts first is a coin flip too: the second finds warmer file caches.
             for side in self._flip():
+                for session in sides.values():
+                    session.share()
                 try:
                     sides[side] = self._open(base if side == "b" else new, what)
                 except OutOfMemoryError as error:
                     if sides:
                         raise _CrowdedError from error
                     raise
+            for session in sides.values():
+                session.share()
             watch = self._watch()
             for workload in self._live():
                 self._say(f"{what}: {workload.name}, {base.label} against {new.label}")
@@ -151,14 +171,9 @@ class ServerCampaign(Campaign):
             for session in sides.values():
                 session.launch.disturbed = disturbed
         except BaseException:
-            for session in sides.values():
-                session.close(check=False)
+            self._close(sides.values(), check=False)
             raise
-        for session in sides.values():
-            # Both have to end before either can be told to have left something.
-            session.stop()
-        for session in sides.values():
-            session.close()
+        self._close(sides.values())
         return PairedLaunches(sides["b"].launch, sides["n"].launch, together=True, orders=orders)
 
     def _ask_both(self, workload: Workload, sides: dict[str, Session], what: str) -> str:
@@ -172,7 +187,8 @@ class ServerCampaign(Campaign):
                 step = session.sample if pair else session.warm_up
                 fit = self._guarded(workload, session, partial(step, workload))
                 if not fit and self._more_after(workload):
-                    sides[side] = self._reopen(session, what)
+                    sides[side] = self._reopen(session, what, alone=False)
+                    sides[side].share()
                 if workload.name in self.failures:
                     for either in sides.values():
                         either.launch.samples.pop(workload.name, None)

@@ -361,11 +361,28 @@ def report(
             ]
         )
     for tolerance in tolerances:
+        if naive := _naive(groups, tolerance):
+            lines += ["", *naive]
         for drawn in (False, True):
             how = f"{runs} comparisons drawn" if drawn else "each block used once"
             lines += ["", f"tolerance {100 * tolerance:g} %, {how}"]
             _say(lines[-1])
             lines += _outcomes(groups, tolerance, found, runs if drawn else 0)
+    return lines
+
+
+def _naive(groups: dict[Group, list[Measured]], tolerance: float) -> list[str]:
+    """Return how often a gate without statistics would be wrong, of each case of equal builds."""
+    lines = []
+    for (case, name, level), group in sorted(groups.items()):
+        equal = [one.block for one in group if not one.disturbed and not level]
+        if len(equal) > 1:
+            alarms = naive_alarms(METRICS[name], equal, tolerance)
+            lines.append(
+                f"{case} {name}: a gate that starts each build once and compares medians, "
+                f"tolerance {100 * tolerance:g} %, would fail equal builds {100 * alarms:.1f} % of "
+                "the time"
+            )
     return lines
 
 
@@ -414,14 +431,6 @@ def _outcomes(
             )
         )
     lines = columns(rows)
-    for (case, name, level), group in sorted(groups.items()):
-        equal = [one.block for one in group if not one.disturbed and not level]
-        if len(equal) > 1:
-            alarms = naive_alarms(METRICS[name], equal, tolerance)
-            lines.append(
-                f"{case} {name}: a gate that starts each build once and compares medians would "
-                f"fail equal builds {100 * alarms:.1f} % of the time"
-            )
     for (case, name), pairs in sorted(power.items()):
         smallest = smallest_detectable(pairs, _POWER)
         told = "none of those measured" if smallest is None else f"{100 * smallest:.1f} %"

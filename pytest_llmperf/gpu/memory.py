@@ -18,6 +18,7 @@ SLACK_MIB = 64.0
 
 UNSEEN = "a process that cannot be seen from here"
 
+_FUNCTION_NOT_FOUND = 13
 _POLL_S = 0.02
 _LOOKS = 5
 _MIB = 1024 * 1024
@@ -106,7 +107,7 @@ def read_processes(device: Any) -> dict[int, Process]:  # noqa: ANN401 - a handl
         ("nvmlDeviceGetGraphicsRunningProcesses", False),
     ):
         try:
-            running = call(name, device)
+            running = _running(name, device)
         except UntoldError as error:
             if error.gone:
                 raise
@@ -120,6 +121,16 @@ def read_processes(device: Any) -> dict[int, Process]:  # noqa: ANN401 - a handl
                 mib = max(known) if known else None
             found[one.pid] = Process(mib, compute or (before is not None and before.compute))
     return found
+
+
+def _running(name: str, device: Any) -> list[Any]:  # noqa: ANN401 - as above
+    try:
+        return list(call(name, device))
+    except UntoldError as error:
+        if error.code != _FUNCTION_NOT_FOUND:
+            raise
+    # Drivers before 510 have the second version of these functions only.
+    return list(call(f"{name}_v2", device))
 
 
 def read_used(device: Any) -> float | None:  # noqa: ANN401 - as above
@@ -161,6 +172,8 @@ class Release:
         pids: Collection[int],
         timeout: float = 15.0,
         progress: Callable[[str], None] | None = None,
+        *,
+        alone: bool = True,
     ) -> str:
         """Wait until the server's memory is free.
 
@@ -172,20 +185,24 @@ class Release:
             pids: The server's processes, all of which have ended.
             timeout: Seconds to wait at most.
             progress: Is told what is waited for.
+            alone: Whether no other server of ours runs there, which NVML may not name: beside one
+                only the names count.
 
         Returns:
             ``""``, or what is not free, in words: GPU, MiB, and who holds it.
         """
         deadline = time.monotonic() + timeout
+        said = ""
         while True:
-            leaks = [told for card in self._cards if (told := self._leak(card, pids))]
+            leaks = [told for card in self._cards if (told := self._leak(card, pids, alone=alone))]
             if not leaks or time.monotonic() >= deadline:
                 return "; ".join(leaks)
-            if progress is not None:
-                progress(f"waiting for GPU memory to be free: {leaks[0]}")
+            if progress is not None and leaks[0] != said:
+                said = leaks[0]
+                progress(f"waiting for GPU memory to be free: {said}")
             time.sleep(_POLL_S)
 
-    def _leak(self, card: Gpu, pids: Collection[int]) -> str:
+    def _leak(self, card: Gpu, pids: Collection[int], *, alone: bool) -> str:
         """Return what is not free on a GPU, in words, or ``""``."""
         here, used = processes(card.uuid), read_used(handle(card.uuid))
         ours = {pid: one for pid, one in here.items() if pid in pids}
@@ -196,6 +213,8 @@ class Release:
                 for pid, one in ours.items()
             )
             return f"GPU {card.index}: {told}"
+        if not alone:
+            return ""
         before, now = self._before[card.uuid], _unnamed(here, used)
         if before is None or now is None or now - before <= SLACK_MIB:
             return ""

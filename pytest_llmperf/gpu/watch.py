@@ -398,7 +398,7 @@ class GpuWatch:
             if known is None:
                 found[pid] = _Known(
                     name=process_name(pid),
-                    exists=psutil.pid_exists(pid),
+                    exists=_exists(pid),
                     ours=self._is_ours(pid),
                     asked=1,
                     again=now + _AGAIN_S,
@@ -416,9 +416,16 @@ class GpuWatch:
         return found
 
     def _is_ours(self, pid: int) -> bool:
-        with suppress(psutil.Error, OSError):
+        with suppress(psutil.Error, OSError, OverflowError):
             return self._ours(pid)
         return False
+
+
+def _exists(pid: int) -> bool:
+    # NVML may name a number that no process can have, which psutil.pid_exists() does not take.
+    with suppress(OverflowError):
+        return psutil.pid_exists(pid)
+    return False
 
 
 def _begin(card: Gpu) -> _Record:

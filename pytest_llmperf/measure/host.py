@@ -39,9 +39,9 @@ class _Reading:
         busy: Of all processors, with anything.
         steal: Taken by the host's other guests.
         used: Process id to name and own time.
-        family: This run's tree of processes.
+        family: This run's tree of processes, without its other workers themselves.
         boxed: Processes in containers of this run's servers.
-        mine: Of the family, with all of it that has ended.
+        mine: Of the family, with all of it that has ended, also of the other workers' tools.
         throttled: How often the processor throttled.
     """
 
@@ -127,15 +127,18 @@ def _read() -> _Reading:
             ended[process.pid] = _of_children(process.pid, spent)
             parents[process.pid] = process.info["ppid"]
     family, boxed = _ours(parents)
+    siblings = _siblings(parents)
     return _Reading(
         at=time.monotonic(),
         busy=sum(times) - idle - twice,
         steal=getattr(times, "steal", 0.0),
         used=used,
-        family=family,
+        family=family - siblings,
         boxed=boxed,
         # What ended, such as a llama-bench that is done, is counted with whoever started it.
-        mine=sum(used[pid][1] + ended[pid] for pid in family if pid in used),
+        mine=sum(
+            ended[pid] + (0.0 if pid in siblings else used[pid][1]) for pid in family if pid in used
+        ),
         throttled=_throttled(),
     )
 
@@ -172,7 +175,8 @@ def is_ours(pid: int) -> bool:
     line = _line(pid)
     if line & {_root(), *_servers()}:
         return True
-    owners = {boxed_by(one) for one in line} if _family else set()
+    # Its engine may tell which process it is only once the model is loaded, minutes from now.
+    owners = {boxed_by(one) for one in line}
     return any(owner is not None and _root() in _line(owner) for owner in owners)
 
 
@@ -208,6 +212,15 @@ def _ours(parents: Mapping[int, int | None]) -> tuple[set[int], set[int]]:
     if _family:
         servers |= {pid for pid in parents.keys() - family if boxed_by(pid) in family}
     return family, _tree(servers & parents.keys(), parents) - family
+
+
+def _siblings(parents: Mapping[int, int | None]) -> set[int]:
+    """Return the run's other workers, without what they started.
+
+    Their servers leave ours alone by their leases. But a worker that writes a model, or runs tests
+    that measure nothing, holds no lease and takes cores from what is measured.
+    """
+    return {pid for pid, parent in parents.items() if parent in _family and pid != os.getpid()}
 
 
 def _tree(roots: set[int], parents: Mapping[int, int | None]) -> set[int]:

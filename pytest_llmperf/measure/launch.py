@@ -13,7 +13,7 @@ import psutil
 from pytest_llmperf.errors import CheckError
 from pytest_llmperf.measure.asking import Askings
 from pytest_llmperf.measure.logfacts import LogFacts, read_log
-from pytest_llmperf.measure.on_gpu import OnGpu
+from pytest_llmperf.measure.on_gpu import OnGpu, fell_back
 from pytest_llmperf.measure.prompts import Request, Script
 from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
@@ -100,7 +100,7 @@ class Session:
 
     def __init__(self, server: Server, tokens: list[int], on_gpu: OnGpu | None = None) -> None:
         self.server = server
-        self._on_gpu = on_gpu or OnGpu((), lambda _text: None)
+        self.on_gpu = on_gpu or OnGpu((), lambda _text: None)
         self.begun: dict[str, int] = {}
         """Workload name to the requests that were answered before it."""
         self._pids: set[int] = set()
@@ -150,7 +150,7 @@ class Session:
             samples["rss_mib"] = [rss_mib(tree)]
         if self.server.log is not None:
             # Told even where the process cannot be seen, as of a container in another machine.
-            launch.vram, launch.vram_by = self._on_gpu.held_mib(self._processes())
+            launch.vram, launch.vram_by = self.on_gpu.held_mib(self._processes())
             if not launch.vram and facts.gpu_mib:
                 launch.vram_by = "log"
             if held := sum((launch.vram or facts.gpu_mib).values()):
@@ -165,7 +165,8 @@ class Session:
 
     def _processes(self) -> set[int]:
         """Return the ids of all processes that the server was seen to have."""
-        if self.server.pid is not None:
+        # The number of one that has ended may be another's by now.
+        if self.server.pid is not None and not self.server.stopped:
             self._pids |= {process.pid for process in process_tree(self.server.pid)}
         return self._pids
 
@@ -176,51 +177,51 @@ class Session:
             CheckError: With what shows it.
         """
         config, build = self.server.config, self.server.build
-        options = server_options(build, config)
-        if not config.gpu or str(options.get("gpu-layers")) == "0":
-            return
-        if facts.offloaded_layers == 0:
-            told = f"its log says that 0 of {facts.layers} layers are on a GPU"
-        elif facts.devices and not facts.gpu_mib:
-            # Whatever it holds there, and whatever number of layers it says: b11434 with
-            # `--device none` holds 518 MiB of an H200 and says that all layers are offloaded.
-            told = f"all its buffers are the CPU's ({', '.join(facts.devices)})"
-        else:
-            return
-        raise CheckError(
-            f"config {config.name}: {build.label} fell back to the CPU: {told}; its GPU runtime "
-            "is missing, the GPU's memory is taken, or `fit` found no room for a layer; see "
-            f"{self.server.log}"
-        )
+        if told := fell_back(config, server_options(build, config), facts):
+            raise CheckError(
+                f"config {config.name}: {build.label} fell back to the CPU: {told}; see "
+                f"{self.server.log}"
+            )
 
     @property
     def disturbed(self) -> str:
         """What its GPUs did that makes its timings theirs rather than the build's, or ``""``."""
-        return self._on_gpu.disturbed
+        return self.on_gpu.disturbed
 
     def stop(self) -> None:
         """Stop the server, and keep what its GPUs did. Safe to call again."""
-        pids, launch = self._processes(), self.launch
-        if not self.server.stopped:
-            launch.gpu = self._on_gpu.facts()
-            # A server that ends within a tenth of a second is not sampled, but was asked once.
-            peak = max(self._on_gpu.peak_mib(pids) or 0.0, sum(launch.vram.values()))
-            if peak and LAUNCH in launch.samples:
-                launch.samples[LAUNCH]["vram_peak_mib"] = [peak]
-        self.server.stop()
+        launch = self.launch
+        try:
+            pids = self._processes()
+            if not self.server.stopped:
+                launch.gpu = self.on_gpu.facts()
+                # A server that ends within a tenth of a second is not sampled, but was asked once.
+                peak = max(self.on_gpu.peak_mib(pids) or 0.0, sum(launch.vram.values()))
+                if peak and LAUNCH in launch.samples:
+                    launch.samples[LAUNCH]["vram_peak_mib"] = [peak]
+        finally:
+            self.server.stop()
 
-    def close(self, *, check: bool = True) -> None:
+    def share(self) -> None:
+        """Say that another server of ours is on its GPUs from now on."""
+        self.on_gpu.share()
+
+    def close(self, *, check: bool = True, alone: bool = True) -> None:
         """Stop the server, and wait until its GPUs' memory is free. Safe to call again.
 
         Args:
             check: Whether memory that stays is an error; not where another one is on its way.
+            alone: Whether no other server of ours runs there any more.
 
         Raises:
             LeakError: If it leaves GPU memory taken.
         """
-        self.stop()
         launch = self.launch
-        self._on_gpu.end(self._pids, f"{launch.build} for config {launch.config}", check=check)
+        name = f"{launch.build} for config {launch.config}"
+        try:
+            self.stop()
+        finally:
+            self.on_gpu.end(self._pids, name, check=check, alone=alone)
 
     def context(self) -> int:
         """Return the context of one slot in tokens, 0 if the server does not say."""
@@ -303,25 +304,29 @@ class Session:
         )
         for metric, value in measured(replies, workload.parallel, wall_ms).items():
             taken.setdefault(metric, []).append(value)
-        if joules:
-            # One value for all samples: the counter moves in steps that are long for one request.
+        if joules is not None:
+            # One value for all samples: the counter moves in steps that are long for one request,
+            # and the tokens of one that it did not move for were not for nothing.
             before = self._spent.get(workload.name, (0, 0.0))
             tokens = before[0] + sum(reply.predicted_n for reply in replies)
-            self._spent[workload.name] = tokens, before[1] + joules
-            taken["tokens_per_joule"] = [tokens / (before[1] + joules)]
+            spent = before[1] + joules
+            self._spent[workload.name] = tokens, spent
+            if spent > 0:
+                taken["tokens_per_joule"] = [tokens / spent]
 
-    def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float, float]:
+    def _ask(self, script: Script, purpose: str) -> tuple[list[Reply], float, float | None]:
         """Send the requests, round by round.
 
         Returns:
             The replies, the rounds' milliseconds, and the energy that the GPUs took meanwhile in
-            joules, 0 where that is not told.
+            joules, None where that is not told.
         """
         workload, client = script.workload, self.server.client
         asking = self._askings.of(workload)
         limit = Limit.of(workload.limit)
         replies: list[Reply] = []
-        wall_ms = joules = 0.0
+        wall_ms = 0.0
+        joules: float | None = 0.0
         for requests in script.rounds:
             names = [
                 f"{self.server.config.name} on {self.server.build.label}: {purpose}, request "
@@ -332,7 +337,7 @@ class Session:
                 if request.depth:
                     tokens = request.prompt[: request.depth]
                     client.prime(tokens, f"{what}, before the clock starts", slot=slot, limit=limit)
-            before = self._on_gpu.energy_j()
+            before = self.on_gpu.energy_j()
             taken, ms = client.ask(
                 [
                     asking.ask(request, what, slot, workload)
@@ -340,8 +345,10 @@ class Session:
                 ],
                 limit,
             )
-            after = self._on_gpu.energy_j()
-            if before is not None and after is not None:
+            after = self.on_gpu.energy_j()
+            if joules is None or before is None or after is None:
+                joules = None
+            else:
                 joules += after - before
             for request, reply, what in zip(requests, taken, names, strict=True):
                 key = (workload.name, len(replies))
@@ -462,7 +469,7 @@ def process_tree(pid: int) -> list[psutil.Process]:
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return []
 
 
@@ -472,6 +479,6 @@ def rss_mib(tree: list[psutil.Process]) -> float:
     for process in tree:
         try:
             total += process.memory_info().rss
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             continue
     return total / _MIB

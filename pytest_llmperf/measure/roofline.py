@@ -130,16 +130,20 @@ class Roofline:
         }
 
 
-def mean_depth(workload: Workload) -> float:
+def mean_depth(workload: Workload, *, prompts: bool = True) -> float:
     """Return the mean position, in tokens, at which a workload generates.
 
     Of each turn it is what lies before its answer and half of the answer; turns weigh as much as
     they generate. Tokens that a chat template or a picture adds are unknown here and not counted.
     A workload that generates nothing is at the end of its prompts.
+
+    Args:
+        workload: Its turns.
+        prompts: Whether answers follow their prompts; those of llama-bench begin at the depth.
     """
     before, generated, weighted = 0, 0, 0.0
     for turn in workload.turns:
-        before += turn.depth + turn.prompt
+        before += turn.depth + (turn.prompt if prompts else 0)
         weighted += turn.generate * (before + turn.generate / 2)
         before += turn.generate
         generated += turn.generate

@@ -7,6 +7,7 @@ is that of GGUF version 2 and 3, little endian: see ``docs/gguf.md`` in the repo
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -216,6 +217,13 @@ class _Header:
         self._left -= length
         return data
 
+    def _skip(self, length: int) -> None:
+        # Not read: in a file that is damaged it may be as long as all weights together.
+        if length > self._left:
+            raise ValueError("it is cut short")
+        self._file.seek(length, os.SEEK_CUR)
+        self._left -= length
+
     def _number(self, layout: str) -> Any:  # noqa: ANN401  what the file holds
         (value,) = struct.unpack(layout, self._bytes(struct.calcsize(layout)))
         return value
@@ -242,8 +250,11 @@ class _Header:
         if kind not in _NUMBERS:
             raise ValueError(f"there is no type of items {kind}")
         letter = _NUMBERS[kind][1]
-        data = self._bytes(length * struct.calcsize(f"<{letter}"))
-        return struct.unpack(f"<{length}{letter}", data) if length <= _LONGEST else None
+        size = length * struct.calcsize(f"<{letter}")
+        if length > _LONGEST:
+            self._skip(size)
+            return None
+        return struct.unpack(f"<{length}{letter}", self._bytes(size))
 
     def _described(self) -> _Described:
         name = self._string()

@@ -107,9 +107,12 @@ _LEAVES_WORK: Mapping[str, Callable[[OptionValue], bool]] = {
     "n-cpu-moe": lambda value: str(value) != "0",
     "kv-offload": lambda value: value is False,
     "gpu-layers": lambda value: str(value) == "0",
+    "n-gpu-layers": lambda value: str(value) == "0",
     "override-tensor": _overrides,
     "device": lambda value: value == "none",
-    "fit": lambda value: value == "on",
+    "mmproj-offload": lambda value: value is False,
+    # As llama.cpp reads it: `true`, `1` and `enabled` are `on`.
+    "fit": lambda value: str(value).lower() in {"on", "enabled", "true", "1"},
 }
 """Options that have a part of a model kept or computed by the CPU, and with which values."""
 

@@ -76,6 +76,7 @@ class PassPlan:
             shown how fast it goes.
         stopped: Set when the run is given up: whoever passes or waits gives up too.
         progress: Is told how far it is, at most every two seconds.
+        check: Is given the log once all is loaded, and raises where that is not as it should be.
     """
 
     context: int = 512
@@ -87,6 +88,7 @@ class PassPlan:
     limit: float = math.inf
     stopped: Event = field(default_factory=Event, compare=False)
     progress: Callable[[str], None] = field(default=lambda _text: None)
+    check: Callable[[Path], None] = field(default=lambda _log: None)
 
     def check_stopped(self) -> None:
         """Give up where the run was given up.
@@ -154,6 +156,8 @@ def compose(
 ) -> list[str]:
     """Return the command of a pass; options of the server alone are left out.
 
+    Its log tells which devices the buffers are on, as that of a server does.
+
     Raises:
         BuildError: If neither the tool nor the server of the build knows an option.
     """
@@ -172,6 +176,8 @@ def compose(
     }
     if plan.chunks is not None:
         pinned["chunks"] = plan.chunks
+    if "verbosity" not in known and (level := tool.log_verbosity):
+        pinned["verbosity"] = level
     arguments = tool.arguments({**known, **pinned})
     return [program, "--model", str(model), "--file", str(corpus), *arguments]
 
@@ -207,7 +213,7 @@ def run_perplexity(
         ServerError: If the tool cannot be started at all.
         ToolError: If it ended before the first chunk was finished.
         OutOfMemoryError: If it did so because memory ran out.
-        LlmperfError: What ``consume`` raised, unless the tool itself failed.
+        LlmperfError: What ``consume`` raised, unless the tool itself failed, or the plan's check.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -237,6 +243,8 @@ def run_perplexity(
                 kind="start",
             )
         raise ToolError(told)
+    # A short one has ended before anybody looked.
+    plan.check(Path(found.log))
     return replace(found, seconds=time.monotonic() - began)
 
 
@@ -341,6 +349,7 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
     """Wait until the tool ends, telling how far it is; False if its reader gave up before."""
     began = said = time.monotonic()
     first: tuple[float, int] | None = None
+    checked = False
     while process.poll() is None:
         if reader is not None and reader.error is not None:
             # It may have given up because the tool is about to be gone.
@@ -358,6 +367,10 @@ def _watch(process: ServerProcess, log: Path, plan: PassPlan, reader: _Reader | 
                 f"{PERPLEXITY} did not begin its first chunk in {plan.start:.0f} s: raise "
                 f"`llmperf_start_timeout` in the ini file; log: {log}"
             )
+        if planned and not checked:
+            # Before hours are spent on it.
+            checked = True
+            plan.check(log)
         plan.check_time(now - began, len(running), planned)
         if running and first is None:
             first = now, len(running)

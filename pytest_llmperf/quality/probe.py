@@ -167,7 +167,7 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
             plan's limit.
         CheckError: If an answer is not about the token asked for, or holds what is no
             log-probability.
-        LlmperfError: What ``consume`` raised, unless the server itself failed.
+        LlmperfError: What ``consume`` raised, unless the server itself failed, or the plan's check.
     """
     began = time.monotonic()
     _check_api(build)
@@ -176,6 +176,8 @@ def run_probes(  # noqa: PLR0917 - those of run_perplexity, and a server's
         build, config = _pinned(build, config, plan)
     with start(build, config, ModelFiles(model), serve) as server:
         _check_room(server, plan)
+        if server.log is not None:
+            plan.check(server.log)
         task = _Task.prepare(server, text, corpus, plan, listed)
         tally = _Tally(task.header, plan, time.monotonic())
         failure = _pass(task, tally, consume)
@@ -201,8 +203,9 @@ def _pinned(build: Build, config: Config, plan: PassPlan) -> tuple[Build, Config
         "batch-size": plan.batch,
         "ubatch-size": plan.ubatch,
     }
-    # Where servers are started with more, each of some ten thousand requests writes 2 KiB.
-    quiet = {"verbosity": 3} if dialect_of(build).log_verbosity else {}
+    # Where servers are started with more, each of some ten thousand requests writes 2 KiB. It is
+    # worth that where the log has to show that the GPU is used.
+    quiet = {"verbosity": 3} if dialect_of(build).log_verbosity and not config.gpu else {}
     own = {name: value for name, value in build.options.items() if name not in sizes}
     options = {**quiet, **config.options, **sizes}
     return replace(build, options=own), replace(config, options=options)

@@ -32,6 +32,7 @@ class Side:
         listed: How many tokens' log-probabilities a server names a position; see
             :mod:`pytest_llmperf.quality.probe`.
         progress: Is told how far it is; by default the plan's.
+        check: Looks at the log once all is loaded; by default the plan's.
     """
 
     build: Build
@@ -41,6 +42,7 @@ class Side:
     serve: ServePlan
     listed: int = LISTED
     progress: Callable[[str], None] | None = None
+    check: Callable[[Path], None] | None = None
 
     def run(
         self, corpus: Path, plan: PassPlan, consume: Callable[[BinaryIO], object]
@@ -59,6 +61,8 @@ class Side:
         """
         if self.progress is not None:
             plan = replace(plan, progress=self.progress)
+        if self.check is not None:
+            plan = replace(plan, check=self.check)
         if self.way == "server":
             found = run_probes(
                 self.build,

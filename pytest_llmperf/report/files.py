@@ -12,6 +12,7 @@ import jinja2
 from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.store import write_atomic
 from pytest_llmperf.report.gpus import gpu_lines
+from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import (
     HEADER,
@@ -76,7 +77,7 @@ def _render(results: Sequence[Result]) -> str:
     counts: dict[str, int] = {}
     for verdict in (verdict for result in results for verdict in result.verdicts):
         counts[verdict.outcome.value] = counts.get(verdict.outcome.value, 0) + 1
-    return environment.from_string(source).render(
+    page = environment.from_string(source).render(
         header=HEADER,
         measured=HEADER.index("measured"),
         lines=lines,
@@ -84,11 +85,12 @@ def _render(results: Sequence[Result]) -> str:
         builds=list(dict.fromkeys(result.new.about for result in results)),
         baselines=list(dict.fromkeys(r.base.about for r in results if r.base is not None)),
         machines=list(dict.fromkeys(result.machine for result in results)),
-        gpus=[(result.case, told) for result in results if (told := _gpus(result))],
+        gpus=list(dict.fromkeys((r.case, told) for r in results if (told := _gpus(r)))),
     )
+    return plain(page)
 
 
-def _gpus(result: Result) -> list[tuple[str, list[str]]]:
+def _gpus(result: Result) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the builds of a result that GPUs were looked at for, with a line for each GPU."""
     sides = [side for side in (result.new, result.base) if side is not None]
-    return [(side.label, lines) for side in sides if (lines := gpu_lines(side))]
+    return tuple((side.label, tuple(lines)) for side in sides if (lines := gpu_lines(side)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Side
 
 
@@ -25,6 +26,8 @@ def _card(card: Mapping[str, Any], rate: float | None) -> str:
     slowed, capped = card.get("throttled") or {}, card.get("power_capped")
     parts = [
         card.get("name"),
+        # Most names say so. What follows of power, clocks and temperature is the whole GPU's.
+        "a MIG instance" if card.get("mig") and "MIG" not in (card.get("name") or "") else "",
         _known(card.get("busy"), "{:.0f} % busy"),
         _known(_clock(card.get("sm_clock_mhz")), "SM {} MHz"),
         _known(_clock(card.get("memory_clock_mhz")), "memory {} MHz"),
@@ -44,7 +47,8 @@ def _card(card: Mapping[str, Any], rate: float | None) -> str:
     told = ", ".join(part for part in parts if part) or "nothing is known of it"
     others = ", ".join(_foreign(one) for one in card.get("foreign") or ())
     number = _known(card.get("index"), " {}")
-    return f"GPU{number}: {told}" + (f"; also there: {others}" if others else "")
+    # Names of processes are theirs to choose.
+    return plain(f"GPU{number}: {told}" + (f"; also there: {others}" if others else ""), kept="")
 
 
 def _foreign(one: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from pytest_llmperf.judge.store import Change
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import (
     HEADER,
@@ -131,9 +132,8 @@ def _closing(reporter: pytest.TerminalReporter, results: Sequence[Result], *, st
             reporter.write_line(f"{result.case}: {partial}", yellow=True)
         for verdict in result.verdicts:
             if "uneven" in verdict.evidence:
-                reporter.write_line(f"warning: {result.case}: {verdict.reason}", yellow=True)
+                told = plain(f"warning: {result.case}: {verdict.reason}")
+                reporter.write_line(told, yellow=True)
             if verdict.outcome is Outcome.INCONCLUSIVE and not strict:
-                reporter.write_line(
-                    f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}",
-                    yellow=True,
-                )
+                told = f"warning: {result.case} {verdict.metric} is INCONCLUSIVE: {verdict.reason}"
+                reporter.write_line(plain(told), yellow=True)

@@ -10,6 +10,7 @@ from pytest_llmperf.judge._common import slack_text
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.report.gpus import gpu_lines, hundredths
+from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Result
 
 _MOST_NAMES = 3
@@ -212,7 +213,7 @@ def failure(result: Result, *, strict: bool) -> str:
     lines.append(f"  machine           {result.machine}")
     if any(v.outcome is Outcome.REGRESSION for v in failing):
         lines += ["", _next_step(result)]
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def _explain(result: Result, verdict: Verdict, names: Sequence[str]) -> list[str]:

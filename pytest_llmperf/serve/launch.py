@@ -9,7 +9,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -182,10 +182,21 @@ def needs(config: Config, builds: Iterable[Build | None]) -> tuple[int, bool]:
     Returns:
         How many GPUs, and whether nothing else may be measured meanwhile.
     """
-    if all(build is None or build.url is not None for build in builds):
+    started = [build for build in builds if build is not None and build.url is None]
+    if not started:
         # Which GPUs a running server has is its own affair.
         return 0, True
-    return config.cards, is_exclusive(config)
+    exclusive = any(
+        is_exclusive(replace(config, options=server_options(build, config)))
+        # One that chooses its GPUs itself cannot be kept to those of a lease.
+        or _CARDS in _own_variables(build)
+        for build in started
+    )
+    return config.cards, exclusive
+
+
+def _own_variables(build: Build) -> Mapping[str, str]:
+    return dict(build.container.env) if build.container is not None else build.env
 
 
 def card_environment(build: Build, cards: Sequence[Gpu]) -> dict[str, str]:
@@ -193,8 +204,7 @@ def card_environment(build: Build, cards: Sequence[Gpu]) -> dict[str, str]:
 
     Empty where they are all that there are, or the build has a choice of its own.
     """
-    chosen = dict(build.container.env) if build.container is not None else build.env
-    if not cards or len(cards) >= len(gpus()) or _CARDS in chosen:
+    if not cards or len(cards) >= len(gpus()) or _CARDS in _own_variables(build):
         return {}
     # By their ids: numbers mean others to CUDA than to NVML, and in a container.
     return {_CARDS: ",".join(card.uuid for card in cards)}

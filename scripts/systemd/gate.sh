@@ -4,7 +4,7 @@
 #   scripts/systemd/gate.sh [BUILD]
 #
 # BUILD is a number, `latest` (the default) or a build spec. Run it in a folder that has suites/
-# and baselines/. It leaves reports/DATE-BUILD/ there, with reports/latest pointing to the newest,
+# and baselines/. It leaves reports/DATE/ there, with reports/latest pointing to the newest,
 # prints the closing table and ends as pytest did.
 #
 #   LLMPERF_PYTHON    the interpreter that has the plugin (default: .venv/bin/python)
@@ -39,7 +39,14 @@ if [[ $asked =~ ^([0-9]+|latest)$ ]]; then
         finish 4 "could not be built" "$asked"
     name=$(basename "$(dirname "$build")")
 fi
-arguments=(-m gpu -n auto "--llmperf-build=$build"
+# What needs several GPUs would fail where only one is to be seen.
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+visible=${CUDA_VISIBLE_DEVICES-all,of,them}
+marks="gpu and not multi_gpu"
+if [ "$gpus" -gt 1 ] && [[ $visible == *,* ]]; then
+    marks=gpu
+fi
+arguments=(-m "$marks" -n auto "--llmperf-build=$build"
     "--llmperf-report=$report" "--junitxml=$report/junit.xml")
 [ -z "${LLMPERF_BASELINE:-}" ] || arguments+=("--baseline=$LLMPERF_BASELINE")
 status=0

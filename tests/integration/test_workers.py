@@ -206,6 +206,18 @@ def test_another_way_of_sharing_out_is_left_alone(project: Project) -> None:
     assert set(done.verdicts().values()) == {"RECORDED"}
 
 
+def test_a_broken_suite_file_is_told_once(project: Project) -> None:
+    """However many workers read it: one line, and the exit code of a mistake in what was asked."""
+    project.write("test_suite.py", TWO_CONFIGS)
+    path = project.path / "suites" / "llmperf.toml"
+    path.write_text(path.read_text("utf-8") + "\n[broken\n", "utf-8")
+    done = project.run("-n2", report=False)
+    assert done.code == 4
+    assert done.text.count("not valid TOML") == 1
+    assert "Traceback" not in done.text
+    assert "INTERNALERROR" not in done.text
+
+
 @pytest.mark.parametrize("suite", [None, "[broken"])
 def test_tests_of_others_are_shared_out_as_ever(project: Project, suite: str | None) -> None:
     """Without a suite file, and with one that is broken but not used."""

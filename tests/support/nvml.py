@@ -155,8 +155,10 @@ class Driver:
             "nvmlDeviceGetUUID": lambda card: card.uuid,
             "nvmlDeviceGetName": lambda card: card.name,
             "nvmlDeviceGetMemoryInfo": self._memory,
-            "nvmlDeviceGetComputeRunningProcesses": lambda card: _list(card, "compute"),
-            "nvmlDeviceGetGraphicsRunningProcesses": lambda card: _list(card, "draws"),
+            "nvmlDeviceGetComputeRunningProcesses": lambda card: self._newer(card, "compute"),
+            "nvmlDeviceGetGraphicsRunningProcesses": lambda card: self._newer(card, "draws"),
+            "nvmlDeviceGetComputeRunningProcesses_v2": lambda card: _list(card, "compute"),
+            "nvmlDeviceGetGraphicsRunningProcesses_v2": lambda card: _list(card, "draws"),
             "nvmlDeviceGetPowerManagementLimit": lambda card: _value(card.limit_mw),
             "nvmlDeviceGetPersistenceMode": lambda card: _value(card.persistence),
             "nvmlDeviceGetMaxClockInfo": lambda card, _kind: _value(card.memory_clock),
@@ -227,6 +229,11 @@ class Driver:
         used = card.used if version is not None else card.used + card.reserved
         free = total - card.used - card.reserved
         return SimpleNamespace(total=int(total * MIB), used=int(used * MIB), free=int(free * MIB))
+
+    def _newer(self, card: Card, kind: str) -> list[SimpleNamespace]:
+        if not self.newest:
+            raise NVMLError(13)
+        return _list(card, kind)
 
     def _event_reasons(self, card: Card) -> int:
         if not self.newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,16 +39,24 @@ class Lab:
             write_stream(file, tokens, logits, n_vocab=VOCAB)
         return path
 
-    def build(self, name: str, stream: Path, fault: str = "", **by_cache_type: Path) -> Build:
+    def build(
+        self,
+        name: str,
+        stream: Path,
+        fault: str = "",
+        says: Mapping[str, str] | None = None,
+        **by_cache_type: Path,
+    ) -> Build:
         """Return a build whose tool writes this stream and ends in this way.
 
         Args:
             name: Its label.
             stream: What it writes.
             fault: As ``tests/fake_perplexity.py`` takes it.
+            says: What else it takes.
             by_cache_type: What it writes where the K cache is of this type.
         """
-        env = {"FAULT": fault, "STREAM": str(stream)}
+        env = {"FAULT": fault, "STREAM": str(stream), **(says or {})}
         env |= {f"STREAM_{kind}": str(path) for kind, path in by_cache_type.items()}
         # Not the build's own variables, which are conditions of what it measures.
         own = (f"{variable}={value}" for variable, value in env.items())

@@ -147,8 +147,9 @@ def test_a_card_is_held_by_its_lock(tmp_path: Path) -> None:
     made = leases_of(folder)
     with made.hold(1, exclusive=False, what="config c7") as held:
         assert held == made.held == (ONE,)
-        assert taken(folder) == {"gpu-GPU-0"}
+        assert taken(folder) == {"host", "gpu-GPU-0"}
         told = json.loads((folder / "gpu-GPU-0.holder").read_text("utf-8"))
+    assert told.pop("started").isdecimal()
     assert told == {"pid": os.getpid(), "folder": str(Path.cwd()), "what": "config c7"}
     assert not made.held
     assert taken(folder) == set()
@@ -298,7 +299,18 @@ def test_another_holder_is_waited_for_and_named(
 
 
 @pytest.mark.parametrize(
-    "left", ["", "{}", "[]", '{"pid": 99999999, "folder": "/gone", "what": "c"}', None]
+    "left",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"pid": 99999999, "started": "1", "folder": "/gone", "what": "c"}',
+        # The number of one that lives, but it is another one by now.
+        '{"pid": PID, "started": "1", "folder": "/gone", "what": "c"}',
+        '{"pid": 1e99, "started": "1", "folder": "/gone", "what": "c"}',
+        f'{{"pid": {10**30}, "started": "1", "folder": "/gone", "what": "c"}}',
+        None,
+    ],
 )
 def test_a_holder_that_cannot_be_told_has_no_name(tmp_path: Path, left: str | None) -> None:
     """One that has gone did not take the lock; a note that is no note tells nothing."""
@@ -312,7 +324,8 @@ def test_a_holder_that_cannot_be_told_has_no_name(tmp_path: Path, left: str | No
     lock = FileLock(tmp_path / "host.lock", thread_local=False)
     lock.acquire()
     if left is not None:
-        (tmp_path / "host.holder").write_text(left, "utf-8")
+        note = left.replace("PID", str(os.getpid()))
+        (tmp_path / "host.holder").write_text(note, "utf-8")
     with waiting(leases_of(tmp_path, progress=progress), 0, exclusive=True, said=spoke) as had:
         lock.release()
         assert had.wait(PATIENCE)
@@ -328,7 +341,7 @@ def test_who_gives_up_waiting_leaves_nothing_locked(tmp_path: Path) -> None:
     with leases_of(tmp_path).hold(1, exclusive=False, what="a"):
         with pytest.raises(KeyboardInterrupt):
             leases_of(tmp_path, progress=interrupt).acquire(3, exclusive=False, what="b")
-        assert taken(tmp_path) == {"gpu-GPU-0"}
+        assert taken(tmp_path) == {"host", "gpu-GPU-0"}
 
 
 def test_locks_are_free_after_a_failure(tmp_path: Path) -> None:
@@ -340,6 +353,157 @@ def test_locks_are_free_after_a_failure(tmp_path: Path) -> None:
     ):
         raise ServerError("died")
     assert taken(tmp_path) == set()
+
+
+def test_a_note_cannot_write_to_the_terminal_at_will(tmp_path: Path) -> None:
+    """It is another one's text."""
+    said: list[str] = []
+    spoke = Event()
+
+    def progress(text: str) -> None:
+        said.append(text)
+        spoke.set()
+
+    holder = leases_of(tmp_path)
+    holder.acquire(0, exclusive=True, what="\x1b[2Jconfig\na")
+    with waiting(leases_of(tmp_path, progress=progress), 1, exclusive=False, said=spoke):
+        holder.release()
+    assert f"pid {os.getpid()} (?[2Jconfig?a, in " in said[0]
+
+
+def test_one_that_sees_other_cards_keeps_away_all_the_same(tmp_path: Path) -> None:
+    """What needs the host waits for who measures on a card that is hidden from it altogether."""
+    said: list[str] = []
+    spoke = Event()
+
+    def progress(text: str) -> None:
+        said.append(text)
+        spoke.set()
+
+    one, two = leases_of(tmp_path, (ONE,)), leases_of(tmp_path, (TWO,))
+    with one.hold(1, exclusive=False, what="a"), two.hold(1, exclusive=False, what="b"):
+        assert taken(tmp_path) == {"host", "gpu-GPU-0", "gpu-GPU-1"}
+    two.acquire(1, exclusive=False, what="b")
+    alone = leases_of(tmp_path, (ONE,), progress=progress)
+    with waiting(alone, 1, exclusive=True, said=spoke) as had:
+        two.release()
+        assert had.wait(PATIENCE)
+    assert taken(tmp_path) == set()
+
+
+def test_an_interrupt_while_it_signs_leaves_nothing_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All locks are had by then."""
+
+    def interrupt(_self: Leases, _name: str, _what: str) -> None:
+        raise KeyboardInterrupt
+
+    made = leases_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "_sign", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            made.acquire(2, exclusive=True, what="c")
+    assert taken(tmp_path) == set()
+    with made.hold(1, exclusive=False, what="c") as held:
+        assert held == (ONE,)
+
+
+def test_who_stands_in_a_folder_that_is_gone_can_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its note says so."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with leases_of(tmp_path / "locks").hold(1, exclusive=False, what="c"):
+        note = json.loads((tmp_path / "locks" / "gpu-GPU-0.holder").read_text("utf-8"))
+    assert note["folder"] == "a folder that is gone"
+
+
+def test_users_of_one_cache_folder_can_all_lock_and_read(tmp_path: Path) -> None:
+    """Whatever the umask of who came first, as far as the folder that it is in lets them."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        with leases_of(cache / "locks").hold(0, exclusive=True, what="c"):
+            modes = {one.name: one.stat().st_mode & 0o7777 for one in (cache / "locks").iterdir()}
+    finally:
+        os.umask(before)
+    assert (cache / "locks").stat().st_mode & 0o7777 == 0o2775
+    assert modes.pop("turn.lock") == 0o666
+    assert modes == {
+        f"{name}.{kind}": mode
+        for name in ("host", "gpu-GPU-0", "gpu-GPU-1", "gpu-GPU-2")
+        for kind, mode in (("lock", 0o666), ("holder", 0o644))
+    }
+
+
+def test_a_lock_that_may_not_be_written_says_who_must_let_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another cache folder would be the wrong mend on a machine that is shared."""
+
+    def refuse(*_arguments: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    text = "Permission denied; let all who measure on this machine write to it and its folder, or "
+    with pytest.raises(RunError, match=text):
+        leases_of(tmp_path).acquire(1, exclusive=False, what="c")
+
+
+def test_a_child_of_a_fork_holds_nothing(tmp_path: Path) -> None:
+    """It cannot give back what its parent holds, nor keep it when that has ended."""
+    made = leases_of(tmp_path)
+    made.acquire(1, exclusive=False, what="c")
+    ends = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover - in another process
+        made.release()
+        told = f"{made.held} {made.covers(1, exclusive=False)}"
+        os.write(ends[1], told.encode())
+        signal.pause()
+    assert os.read(ends[0], 100) == b"() False"
+    try:
+        assert taken(tmp_path) == {"host", "gpu-GPU-0"}
+        assert (tmp_path / "gpu-GPU-0.holder").exists()
+        made.release()
+        assert taken(tmp_path) == set()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for end in ends:
+            os.close(end)
+
+
+def test_a_child_of_a_fork_does_not_keep_what_its_parent_held(lab: Lab) -> None:
+    """Though the parent was killed, and had no time to give it back."""
+    program = PROGRAM.replace(
+        'note("has "',
+        "import os, signal\n        if os.fork() == 0:\n            signal.alarm(60)\n"
+        '            note(f"child {os.getpid()}")\n            signal.pause()\n'
+        '        note("has "',
+    )
+    words = [sys.executable, "-c", program, str(lab.folder), "1", "1", "no", "1", "a"]
+    killed = subprocess.Popen(words)
+    lab.started.append(killed)
+    assert eventually(lambda: any(line.startswith("a child") for line in lab.journal()))
+    assert eventually(lambda: "a has GPU-0" in lab.journal())
+    child = next(int(line.split()[2]) for line in lab.journal() if line.startswith("a child"))
+    try:
+        killed.kill()
+        killed.wait()
+        lab.started.remove(killed)
+        lab.start("b", 1, cards=1)
+        assert lab.saw("b has GPU-0")
+    finally:
+        os.kill(child, signal.SIGKILL)
+    lab.go("b")
+    lab.end()
 
 
 @pytest.mark.parametrize("place", ["file", "file/locks", "folder"])
@@ -356,7 +520,7 @@ def test_a_note_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     """The lock is the kernel's."""
     (tmp_path / "gpu-GPU-0.holder").mkdir()
     with leases_of(tmp_path).hold(1, exclusive=False, what="c"):
-        assert taken(tmp_path) == {"gpu-GPU-0"}
+        assert taken(tmp_path) == {"host", "gpu-GPU-0"}
     assert taken(tmp_path) == set()
 
 
@@ -364,7 +528,7 @@ def test_a_mig_instance_has_a_lock_of_its_own(tmp_path: Path) -> None:
     """Whatever is in its id."""
     card = Gpu(0, "MIG-GPU-1/2/0", "slice", 1000, "1", mig=True)
     with leases_of(tmp_path, (card,)).hold(1, exclusive=False, what="c"):
-        assert taken(tmp_path) == {"gpu-MIG-GPU-1_2_0"}
+        assert taken(tmp_path) == {"host", "gpu-MIG-GPU-1_2_0"}
 
 
 def test_threads_share_what_their_process_holds(tmp_path: Path) -> None:
@@ -383,7 +547,7 @@ def test_threads_share_what_their_process_holds(tmp_path: Path) -> None:
     assert got == [(ONE,)] * 4
     for _ in range(4):
         made.release()
-    assert taken(tmp_path) == {"gpu-GPU-0"}
+    assert taken(tmp_path) == {"host", "gpu-GPU-0"}
     made.release()
     assert taken(tmp_path) == set()
 
@@ -463,7 +627,7 @@ def test_who_is_killed_while_it_collects_holds_up_nobody(lab: Lab) -> None:
     killed = lab.start("both", 2)
     assert lab.saw("both waits")
     locks = lab.folder / "locks"
-    assert eventually(lambda: taken(locks) == {"gpu-GPU-0", "gpu-GPU-1", "turn"})
+    assert eventually(lambda: taken(locks) == {"host", "gpu-GPU-0", "gpu-GPU-1", "turn"})
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     lab.started.remove(killed)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.nvml import Card, Driver, forget
 from support.streams import CHUNKS, SCORED, Lab, made_up
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.errors import (
     BaselineError,
     BuildError,
+    CheckError,
+    LeakError,
     ModelError,
     PartialPassError,
     RunError,
 )
-from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.gpu.cards import Gpu, gpus
+from pytest_llmperf.gpu.memory import Release
 from pytest_llmperf.leases import Leases
 from pytest_llmperf.passes import Passes
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
@@ -350,7 +354,143 @@ def test_a_case_needs_what_its_reference_needs(
 def test_cards_are_a_condition_where_there_are_several(run: Run) -> None:
     """One is what was meant before there was a choice."""
     passes = run.passes(run.lab.build("b1", run.lab.stream("a", made_up())))
-    for gpus in (1, 2):
-        config = replace(PLAIN, gpu=True, gpus=gpus)
+    for count in (1, 2):
+        config = replace(PLAIN, gpu=True, gpus=count)
         told = passes.conditions(Case(config, corpus_pass=ONE)).get("gpus")
-        assert told == (2 if gpus == 2 else None)
+        assert told == (2 if count == 2 else None)
+
+
+ON_GPU = replace(PLAIN, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ({"DEVICE": "CPU"}, r"all its buffers are the CPU's \(CPU_Mapped, CPU, CUDA_Host\)"),
+        ({"DEVICE": "CPU_REPACK", "LAYERS": "0"}, "its log says that 0 of 4 layers are on a GPU"),
+    ],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pass_that_fell_back_to_the_cpu_is_refused(
+    run: Run, says: Mapping[str, str], told: str, *, both: bool
+) -> None:
+    """By what its log says: a GPU config's answers are those of the GPU's kernels."""
+    stream = run.lab.stream("a", made_up())
+    base = run.lab.build("b1", stream, says={"DEVICE": "CUDA0"})
+    new = run.lab.build("b2", stream, says=says)
+    passes = run.passes(new, base if both else None)
+    case = Case(ON_GPU, corpus_pass=ONE)
+    with pytest.raises(
+        CheckError, match=rf"^config f16: b2 fell back to the CPU: {told}; .*\.log$"
+    ):
+        _ = passes.side_by_side(case) if both else passes.alone(case)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, replace(ON_GPU, options={"gpu-layers": 0}), replace(ON_GPU, options={"n": "1"})],
+)
+def test_a_pass_that_is_where_it_should_be_is_not_refused(run: Run, config: Config) -> None:
+    """On the CPU where that was asked for, and on the GPU where the log says so."""
+    on_gpu = "n" in config.options
+    says = {"DEVICE": "CUDA0" if on_gpu else "CPU", "LAYERS": "4" if on_gpu else "0"}
+    build = run.lab.build("b1", run.lab.stream("a", made_up()), says=says)
+    config = replace(config, options={k: v for k, v in config.options.items() if k != "n"})
+    found = run.passes(build).alone(Case(config, corpus_pass=ONE))
+    assert found.tokens == SCORED
+
+
+def test_a_pass_on_the_cpu_does_not_serve_a_test_of_the_gpu(run: Run) -> None:
+    """A test's mark makes a GPU config of one that others gate on the CPU."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()), says={"DEVICE": "CPU"})
+    passes = run.passes(build)
+    passes.alone(Case(PLAIN, corpus_pass=ONE))
+    with pytest.raises(CheckError, match="fell back to the CPU"):
+        passes.alone(Case(ON_GPU, corpus_pass=ONE))
+
+
+def test_a_long_pass_on_the_cpu_is_ended_early(run: Run) -> None:
+    """Hours on the CPU would tell nothing of the GPU."""
+    stream = run.lab.stream("a", made_up())
+    build = run.lab.build("b1", stream, fault="slow", says={"DEVICE": "CPU"})
+    with pytest.raises(CheckError, match="fell back to the CPU"):
+        run.passes(build).alone(Case(ON_GPU, corpus_pass=ONE))
+    [log] = (run.folder / "run").glob("perplexity-*.log")
+    text = log.read_text("utf-8")
+    assert "calculating perplexity over 4 chunks" in text
+    assert "Final estimate" not in text
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """The one GPU of this machine; nobody waits long for its memory."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    wait = Release.wait
+
+    def short(self: Release, pids: set[int], **words: object) -> str:
+        return wait(self, pids, **{**words, "timeout": 0.05})  # type: ignore[arg-type]  # as given
+
+    monkeypatch.setattr(Release, "wait", short)
+    made = Card(used=100.0)
+    Driver(made).install(monkeypatch)
+    yield made
+    forget()
+
+
+def on_this_gpu(run: Run, build: Build, said: list[str] | None = None) -> Passes:
+    """Return passes on the GPU of this machine."""
+    leases = Leases(run.folder / "locks", gpus(), gpus(), run.said.append)
+    progress = run.said.append if said is None else said.append
+    return run.passes(build, leases=leases, serve=ServePlan(run.folder / "run", progress=progress))
+
+
+def test_memory_that_a_pass_leaves_taken_is_an_error(
+    run: Run, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes next would have less; the pass is not made again, and its lease is given back."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    passes = on_this_gpu(run, build)
+    made = Passes._side
+
+    def leaking(self: Passes, *arguments: object) -> object:
+        card.used = 612.0
+        return made(self, *arguments)  # type: ignore[arg-type]  # passed on as they are
+
+    monkeypatch.setattr(Passes, "_side", leaking)
+    text = (
+        "^config f16: b1 p, recording a reference ended, and its GPU memory is not free: GPU 0: "
+        "512 MiB more in use"
+    )
+    for _ in range(2):
+        with pytest.raises(LeakError, match=text):
+            passes.alone(Case(ON_GPU, corpus_pass=ONE))
+    assert run.passed() == 1
+    assert not passes.leases.held
+
+
+def test_a_pass_that_fails_says_why_rather_than_what_it_leaves(
+    run: Run, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is waited for all the same."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()), fault="killed")
+    passes = on_this_gpu(run, build)
+    made = Passes._side
+
+    def leaking(self: Passes, *arguments: object) -> object:
+        card.used = 612.0
+        return made(self, *arguments)  # type: ignore[arg-type]  # passed on as they are
+
+    monkeypatch.setattr(Passes, "_side", leaking)
+    with pytest.raises(PartialPassError, match="after 2 of 4 chunks"):
+        passes.alone(Case(ON_GPU, corpus_pass=ONE))
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_pass_tells_what_its_gpu_did(run: Run, *, gpu: bool) -> None:
+    """And nothing of GPUs that it does not use."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    passes = on_this_gpu(run, build)
+    facts = passes.alone(Case(replace(PLAIN, gpu=gpu), corpus_pass=ONE)).gpu
+    assert bool(facts) == gpu
+    assert ("NVIDIA H200" in str(facts)) == gpu

@@ -51,7 +51,7 @@ class Desk:
             for kind, of_it in {"f16": noise, **by_type}.items()
         }
         plain = streams.pop("f16")
-        return self.lab.build(name, plain, fault, **streams)
+        return self.lab.build(name, plain, fault, None, **streams)
 
     def passes(self, new: Build, base: Build | None = None) -> Passes:
         """Return the passes of a run of these builds."""

@@ -13,6 +13,7 @@ from pytest_llmperf.errors import ModelError
 from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.judge.decide import failed, recorded
 from pytest_llmperf.judge.verdict import Verdict
+from pytest_llmperf.measure.roofline import Reading
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.models.tensors import ModelTensors, Tensor
 from pytest_llmperf.plan.config import Case, Config, Turn, Workload
@@ -63,6 +64,7 @@ def test_what_the_user_says_wins() -> None:
     assert memory_of(CASE, [CARD], 3500.0) == Memory(3500.0, BY_USER)
     assert memory_of(HOST, [], 60.0) == Memory(60.0, BY_USER)
     assert memory_of(HOST, [CARD], 3500.0) is None
+    assert memory_of(CASE, [], 900.0) == Memory(900.0, BY_USER), "a GPU that NVML does not know"
 
 
 def test_a_share_of_the_bandwidth_is_told() -> None:
@@ -91,11 +93,37 @@ def test_it_means_nothing_where_a_token_is_not_one_reading_of_one_memory(
     assert line(case, options, splits=splits) == {}
 
 
+def test_a_config_that_only_wants_to_be_alone_has_one() -> None:
+    """And one that leaves work to the CPU has none, though it lets others measure meanwhile."""
+    alone = replace(CASE, config=replace(CASE.config, exclusive=True))
+    assert line(alone)
+    shared = replace(CASE.config, exclusive=False, options={"n-cpu-moe": 4})
+    assert not line(replace(CASE, config=shared))
+
+
+def test_answers_of_llama_bench_begin_at_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It evaluates prompts and generates apart, where a server's answer follows the prompt."""
+    depths: list[float] = []
+
+    def reading(_model: object, depth: float, _types: object) -> Reading:
+        depths.append(depth)
+        return Reading(1e9, 0.0)
+
+    monkeypatch.setattr(roof, "bytes_per_token", reading)
+    deep = Workload("deep", (Turn(512, 20, 4096),))
+    line(replace(CASE, workload=deep))
+    line(replace(CASE, workload=replace(deep, tool="llama-bench")))
+    assert depths == [4096 + 512 + 10, 4096 + 10]
+
+
 def test_two_gpus_may_cut_the_graph_in_more_parts() -> None:
     """Each one has its own."""
     pair = replace(CASE, config=replace(CASE.config, gpus=2))
     assert line(pair, splits=3)
     assert not line(CASE, splits=3)
+    assert line(pair, {"split-mode": "layer"}, splits=3)
+    assert not line(pair, {"split-mode": "row"}, splits=3), "both work at once"
+    assert line(CASE, {"split-mode": "row"})
 
 
 def test_what_was_not_measured_or_cannot_be_read_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1020,7 +1020,7 @@ def test_a_lease_lasts_until_the_config_is_left(project: Project) -> None:
     case = case_of(run, "card")
     for _ in range(2):
         assert run.gate("memory", case, {"kv_mib": None}).verdicts[0].outcome is Outcome.RECORDED
-        assert held_locks(project) == {"gpu-GPU-0"}
+        assert held_locks(project) == {"host", "gpu-GPU-0"}
     server = run.server(case.config)
     assert server.shown_command.startswith("CUDA_VISIBLE_DEVICES=GPU-0 ")
     seen = {entry["env"]["CUDA_VISIBLE_DEVICES"] for entry in project.journal.entries("start")}
@@ -1039,7 +1039,7 @@ def test_a_worker_takes_the_card_of_its_number(project: Project) -> None:
     suite = project.suite()
     run = begin(settings, suite, suite.cases(["card"]), project.said, Worker("gw1", name))
     run.gate("memory", case_of(run, "card"), {"kv_mib": None})
-    assert held_locks(project) == {"gpu-GPU-1"}
+    assert held_locks(project) == {"host", "gpu-GPU-1"}
     run.close()
     assert run.folder == project.root / ".llmperf" / name / "gw1"
     assert (project.root / ".llmperf" / "latest").resolve() == run.folder.parent
@@ -1086,10 +1086,10 @@ def test_a_larger_lease_takes_the_place_of_a_smaller(project: Project) -> None:
     run = project.run(update=True)
     card = case_of(run, "card")
     run.gate("memory", card, {"kv_mib": None})
-    assert held_locks(project) == {"gpu-GPU-0"}
+    assert held_locks(project) == {"host", "gpu-GPU-0"}
     both = replace(card, config=replace(card.config, gpus=2))
     server = run.server(both.config)
-    assert held_locks(project) == {"gpu-GPU-0", "gpu-GPU-1"}
+    assert held_locks(project) == {"host", "gpu-GPU-0", "gpu-GPU-1"}
     # All that there are need no telling.
     assert not server.shown_command.startswith("CUDA")
     run.prepare(card, {"kv_mib": None})

@@ -29,11 +29,30 @@ FILE = "suites/test_speed.py::test_decode"
         (f"{FILE}[0-fit-short]", "fit"),
         (f"{FILE}[fit-short-c7]", "fit"),
         (f"{FILE}[]", None),
+        (f"{FILE}[a[b]-c7-short]", "c7"),
+        (f"{FILE}[x::y-c7-short]", "c7"),
+        (f"suites/[old]/{FILE}[c7]", "c7"),
+        (f"suites/[c7]/{FILE}", None),
+        ("suites/[c7]", None),
     ],
 )
 def test_a_test_tells_its_config(nodeid: str, name: str | None) -> None:
     """By the longest name that its id begins with, behind parameters of the user's own."""
     assert config_of(nodeid, NAMES) == name
+
+
+@pytest.mark.parametrize(
+    ("inside", "name"),
+    [
+        ("fit-c7-short-q8", "c7"),
+        ("fit-c7-q8-long-q8", "c7-q8"),
+        ("fit-c7", "fit"),
+        ("c7-short", "c7"),
+    ],
+)
+def test_a_parameter_that_is_called_as_a_config_is_none(inside: str, name: str) -> None:
+    """Where a workload or pass tells which of them is the config."""
+    assert config_of(f"{FILE}[{inside}]", NAMES, {"short", "long"}) == name
 
 
 class Node:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Thread
+from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 from support.fakes import CONFIG, PATIENCE, Journal, fake_command, goes, running, write_program
+from support.nvml import Card, Driver, Task, forget
 
 from pytest_llmperf import preflight
 from pytest_llmperf.build.build import Build
@@ -21,8 +25,9 @@ from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign import base, servers
 from pytest_llmperf.campaign.servers import ServerCampaign
-from pytest_llmperf.errors import BuildError, OutOfMemoryError, RunError, ServerError
-from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.errors import BuildError, LeakError, OutOfMemoryError, RunError, ServerError
+from pytest_llmperf.gpu.cards import Gpu, gpus
+from pytest_llmperf.gpu.memory import Release
 from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.host import Load
 from pytest_llmperf.plan.config import LAUNCH, Config, ModelFiles, Turn, Workload
@@ -621,3 +626,121 @@ def test_nothing_is_started_that_cannot_go_well(
     with pytest.raises(RunError, match=message):
         lab.campaign().block(0)
     assert lab.journal.starts() == []
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """The one GPU of this machine, whose driver names no process."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    wait = Release.wait
+
+    def short(self: Release, pids: set[int], progress: object = None, *, alone: bool = True) -> str:
+        del progress
+        return wait(self, pids, timeout=0.05, alone=alone)
+
+    monkeypatch.setattr(Release, "wait", short)
+    monkeypatch.setattr(ServerCampaign, "_fits_twice", lambda _self: True)
+    monkeypatch.setattr(base, "_QUIET_LOOK_S", 0.01)
+    one = Card(energy_mj=0)
+    Driver(one).install(monkeypatch)
+    yield one
+    forget()
+
+
+def on_card(lab: Lab, workloads: Sequence[Workload] = (FIRST,), **changes: Any) -> ServerCampaign:  # noqa: ANN401 - of a campaign
+    """Return a campaign on the one GPU."""
+    campaign = lab.campaign(workloads, config=replace(CONFIG, gpu=True), **changes)
+    campaign.leases = Leases(lab.folder / "locks", gpus(), gpus(), lab.said.append)
+    return campaign
+
+
+def watches() -> list[Thread]:
+    """Return the threads that watch a GPU."""
+    return [one for one in enumerate_threads() if one.name == "gpu-watch"]
+
+
+@pytest.mark.parametrize("fault", ["", "start-exit", "http500", "http500#24", "crash#24"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_watch_outlives_its_server(lab: Lab, card: Card, fault: str, *, alone: bool) -> None:
+    """However it ends, nor one that waits for a quiet machine."""
+    campaign = on_card(lab, (FIRST, SECOND), base=None if alone else "", new=fault)
+    with suppress(ServerError):
+        _ = campaign.launch(0) if alone else campaign.block(0)
+    assert watches() == []
+    card.used = 500
+    campaign._wait_for_quiet("launch 1")
+    assert watches() == []
+    assert lab.all_gone()
+
+
+def test_a_leak_leaves_no_watch_and_no_server(lab: Lab, card: Card) -> None:
+    """Of two servers the one that is looked at first may have left nothing."""
+    campaign = on_card(lab, progress=lambda _text: setattr(card, "used", card.used + 100))
+    with pytest.raises(LeakError, match="not free"):
+        campaign.block(0)
+    assert watches() == []
+    assert lab.all_gone()
+
+
+def test_one_that_cannot_be_stopped_keeps_no_other(
+    lab: Lab, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption in the middle of the end of a block still ends the other server."""
+    assert card.used == 0
+    stop, tried = Server.stop, list[int]()
+
+    def interrupted(self: Server) -> None:
+        tried.append(1)
+        stop(self)
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "stop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        on_card(lab).block(0)
+    assert lab.all_gone()
+    assert watches() == []
+
+
+@pytest.mark.parametrize("fall", ["bn", "nb"])
+def test_a_server_that_died_beside_another_left_no_leak(lab: Lab, card: Card, fall: str) -> None:
+    """Where NVML names no process, what the other one holds is not taken for it."""
+    card.on_memory = lambda it: setattr(
+        it, "used", 300.0 * sum(running(one["pid"]) for one in lab.journal.entries("start"))
+    )
+    campaign = on_card(lab, (FIRST, SECOND, THIRD), new="crash#40", coin=Coin(fall))
+    pair = campaign.block(0)
+    assert campaign.failures.keys() == {"w40"}
+    for launch in (pair.base, pair.new):
+        assert launch.samples[LAUNCH]["vram_mib"] == [300.0]
+        assert launch.samples[LAUNCH]["vram_peak_mib"] == [300.0]
+        assert launch.vram_by == "use"
+
+
+def test_a_running_server_has_no_gpu_of_ours(
+    lab: Lab, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its energy is not that of our GPU, where another program may be its own."""
+    assert card.energy_mj == 0
+    campaign = on_card(lab)
+    there = Build("there", 0, "unknown", "http://h:1", "", url="http://h:1")
+    campaign.serve = replace(campaign.serve, cards=gpus())
+    own = campaign._on_gpu(campaign.new)
+    own.stop()
+    assert own.cards == gpus()
+    assert campaign._on_gpu(there).cards == ()
+    monkeypatch.setattr("pytest_llmperf.measure.on_gpu.is_ours", lambda _pid: False)
+    card.hold(Task(os.getpid(), 100.0))
+    campaign.base = there
+    beside = campaign._on_gpu(campaign.new)
+    beside.stop()
+    assert beside.disturbed == ""
+
+
+def test_what_was_asked_counts_every_warm_up(lab: Lab, card: Card) -> None:
+    """A workload on a GPU has two of them."""
+    assert card.used == 0
+    campaign = on_card(lab, (SECOND,), new="http500@6", pairs=4, base=None)
+    campaign.launch(0)
+    # The probe, two warm-ups and two samples; the third sample failed.
+    assert (campaign.partial["w40"].answered, campaign.partial["w40"].asked) == (4, 6)

@@ -199,3 +199,32 @@ def test_a_gpu_that_is_lost_meanwhile_is_no_leak(pretend: Pretend) -> None:
     release = Release(gpus())
     driver.cards[0].lost = 15
     assert release.wait(OURS) == ""
+
+
+def test_beside_another_server_only_names_count(pretend: Pretend) -> None:
+    """Where NVML names none, what that one takes is no leak; what is named still is."""
+    driver = pretend(Card())
+    release = Release(gpus())
+    driver.cards[0].used = 500
+    assert release.wait(OURS, timeout=0, alone=False) == ""
+    assert "500 MiB more" in release.wait(OURS, timeout=0)
+    driver.cards[0].hold(Task(7, 100))
+    assert "pid 7" in release.wait(OURS, timeout=0, alone=False)
+
+
+def test_what_is_waited_for_is_said_once(pretend: Pretend) -> None:
+    """Not at every look: a log would be full of it."""
+    driver = pretend(Card())
+    release = Release(gpus())
+    driver.cards[0].used = 500
+    said: list[str] = []
+    assert release.wait(OURS, 0.1, said.append)
+    assert len(said) == 1
+
+
+def test_old_drivers_are_asked_in_their_own_words(pretend: Pretend) -> None:
+    """Before 510 they have the second version of the functions that list processes only."""
+    driver = pretend(Card(tasks=[Task(7, 100)]), newest=False)
+    assert vram_mib(OURS) == {0: 100.0}
+    driver.cards[0].failing["nvmlDeviceGetComputeRunningProcesses_v2"] = 3
+    assert vram_mib(OURS) == {}

@@ -17,6 +17,7 @@ from support.nvml import Card, Driver, Task, Work
 from pytest_llmperf.gpu import watch as module
 from pytest_llmperf.gpu.cards import Gpu, gpus
 from pytest_llmperf.gpu.watch import Foreign, GpuUse, GpuWatch, energy_j
+from pytest_llmperf.measure.host import is_ours
 
 Pretend = Callable[..., Driver]
 
@@ -507,3 +508,14 @@ def test_an_error_of_the_caller_ends_the_sampling_only(pretend: Pretend) -> None
     watch._thread.join(60)
     watch.stop()
     assert "ZeroDivisionError: a mistake" in watch.uses()[0].disturbed
+
+
+def test_a_process_whose_number_is_none_is_no_error(pretend: Pretend) -> None:
+    """NVML may name one of 32 bits, which no process can have: it is nobody that can be seen."""
+    driver = pretend(Card())
+    driver.cards[0].hold(Task(2**32 - 1, 100))
+    with GpuWatch(gpus(), is_ours, rate_hz=200) as watch:
+        until(lambda: bool(watch.uses()[0].foreign))
+    [one] = watch.uses()[0].foreign
+    assert not one.seen
+    assert watch.uses()[0].disturbed == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -81,6 +82,25 @@ def test_other_workers_of_the_run_are_ours(monkeypatch: pytest.MonkeyPatch) -> N
     assert host._ours(parents) == ({20, 30, 31, 32}, {50, 51})
 
 
+def test_what_another_worker_does_itself_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes a model, or runs tests that measure nothing; its servers stay ours."""
+    monkeypatch.setattr(host, "_family", {20})
+    parents = {1: 0, 20: 1, os.getpid(): 20, 31: 20, 32: 31, 33: 1}
+    assert host._siblings(parents) == {31}
+    program = "import time\nfor _ in range(10**9): pass"
+    with subprocess.Popen([sys.executable, "-c", program]) as sibling:
+        try:
+            family = {os.getppid(), os.getpid(), sibling.pid}
+            monkeypatch.setattr(host, "_ours", lambda _parents: (family, set()))
+            monkeypatch.setattr(host, "_siblings", lambda _parents: {sibling.pid})
+            watch = host.Watch()
+            processor_time(0.3)
+            while f"(pid {sibling.pid})" not in watch.load().worst:
+                pass
+        finally:
+            sibling.kill()
+
+
 def test_a_worker_on_another_machine_has_no_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controller's number means nothing there."""
     monkeypatch.setattr(host, "_family", set[int]())
@@ -119,6 +139,18 @@ def test_a_container_of_another_worker_is_ours(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(host, "boxed_by", {1: psutil.Process().pid}.get)
     assert host.is_ours(1)
     monkeypatch.setattr(host, "boxed_by", {1: 1}.get)
+    assert not host.is_ours(1)
+
+
+def test_a_container_of_ours_is_known_before_its_engine_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a model is loaded for minutes, its process is on the GPU, and not yet a server's."""
+    monkeypatch.setattr(host, "_family", set[int]())
+    monkeypatch.setattr(host, "server_pids", set[int])
+    monkeypatch.setattr(host, "boxed_by", {1: os.getpid()}.get)
+    assert host.is_ours(1)
+    monkeypatch.setattr(host, "boxed_by", {1: 99_999_999}.get)
     assert not host.is_ours(1)
 
 

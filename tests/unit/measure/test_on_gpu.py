@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits fifteen seconds for memory that will not come back."""
     wait = Release.wait
 
-    def short(self: Release, pids: set[int], progress: object = None) -> str:
+    def short(self: Release, pids: set[int], progress: object = None, *, alone: bool = True) -> str:
         del progress
-        return wait(self, pids, timeout=0.05)
+        return wait(self, pids, timeout=0.05, alone=alone)
 
     monkeypatch.setattr(Release, "wait", short)
 
@@ -147,8 +148,10 @@ def test_a_server_that_fell_back_to_the_cpu_is_refused(tmp_path: Path, log: str,
         session = Session(server, list(range(600)))
         with pytest.raises(CheckError, match=f"b9000 fell back to the CPU: .*{told}"):
             session.settle()
-        server.config = replace(server.config, options={"gpu-layers": 0})
-        Session(server, list(range(600))).settle()
+        # As the config wants it, in whatever words.
+        for options in ({"gpu-layers": 0}, {"n-gpu-layers": "0"}, {"device": "none"}):
+            server.config = replace(server.config, options=options)
+            Session(server, list(range(600))).settle()
 
 
 def test_what_disturbs_is_told_of_the_first_gpu_that_says_so(
@@ -164,3 +167,115 @@ def test_what_disturbs_is_told_of_the_first_gpu_that_says_so(
         pass
     assert seen.disturbed.startswith("GPU 0 is shared: ")
     seen.end((), "b1", check=False)
+
+
+def test_beside_another_server_the_growth_of_the_use_is_nobodys(pretend: Pretend) -> None:
+    """Where NVML names no process: what each was seen to take before the other came stays its."""
+    card = Card(used=100.0)
+    pretend(card)
+    first = OnGpu(gpus(), print)
+    card.used = 400.0
+    assert first.held_mib({MINE}) == ({0: 300.0}, "use")
+    first.share()
+    second = OnGpu(gpus(), print)
+    card.used = 900.0
+    assert second.held_mib({MINE}) == ({0: 500.0}, "use")
+    second.share()
+    first.share()
+    card.used = 950.0
+    assert second.held_mib({MINE}) == ({0: 550.0}, "use")
+    assert (first.peak_mib({MINE}), second.peak_mib({MINE})) == (300.0, 500.0)
+    card.used = 100.0
+    first.end((), "b1")
+    second.end((), "b2")
+
+
+def test_beside_another_server_only_names_prove_a_leak(pretend: Pretend) -> None:
+    """One that is started again is held to what its forerunner found, once all have ended."""
+    card = Card(used=100.0)
+    pretend(card)
+    first = OnGpu(gpus(), print)
+    card.used = 900.0
+    first.end((), "b1", alone=False)
+    again = OnGpu(gpus(), print, instead=first)
+    card.used = 600.0
+    with pytest.raises(LeakError, match="GPU 0: 500 MiB more in use"):
+        again.end((), "b1")
+    card.hold(Task(MINE, 800.0))
+    named = OnGpu(gpus(), print)
+    with pytest.raises(LeakError, match=f"pid {MINE}"):
+        named.end({MINE}, "b1", alone=False)
+
+
+def test_processes_that_nvml_names_leave_no_room_for_a_guess(pretend: Pretend) -> None:
+    """Another program's growth is not a peak of ours, though ours ended before a look at it."""
+    card = Card()
+    pretend(card)
+    card.failing["nvmlDeviceGetUtilizationRates"] = 15
+    seen = OnGpu(gpus(), print)
+    card.hold(Task(MINE, 300.0), beside=4000.0)
+    assert seen.held_mib({MINE}) == ({0: 300.0}, "processes")
+    seen._watch.grown_mib()
+    assert seen.peak_mib({MINE}) is None
+    seen.end((), "b1", check=False)
+
+
+def test_guests_are_neither_foreign_nor_a_leak(pretend: Pretend) -> None:
+    """A running server that is asked too may be on the same GPU, by whatever process."""
+    card = Card()
+    pretend(card)
+    seen = OnGpu(gpus(), print, guests=True)
+    card.hold(Task(os.getppid(), 100.0), beside=500.0)
+    while seen._watch.peak_mib({os.getppid()}) is None:
+        pass
+    assert seen.disturbed == ""
+    seen.end((), "b1")
+
+
+def test_a_request_that_the_counter_of_energy_did_not_move_for_counts(
+    tmp_path: Path, pretend: Pretend
+) -> None:
+    """The counter moves in steps longer than a request: the next one pays for both."""
+    card = Card(energy_mj=0)
+    pretend(card)
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)), OnGpu(gpus(), print))
+        session.warm_up(WORK)
+        taken = session.launch.samples
+        session.sample(WORK)
+        assert "tokens_per_joule" not in taken[WORK.name], "nothing to divide by"
+        ask = server.client.ask
+
+        def asked(*arguments: object) -> object:
+            card.energy_mj = (card.energy_mj or 0) + 40_000
+            return ask(*arguments)  # type: ignore[arg-type]  # passed on as they are
+
+        server.client.ask = asked  # type: ignore[assignment,method-assign]  # to count
+        session.sample(WORK)
+        assert taken[WORK.name]["tokens_per_joule"] == pytest.approx([16 / 40.0])
+        card.energy_mj = None
+        server.client.ask = ask  # type: ignore[method-assign]  # as it was
+        session.sample(WORK)
+        assert taken[WORK.name]["tokens_per_joule"] == pytest.approx([16 / 40.0]), "left out"
+        session.close()
+
+
+def test_a_server_that_cannot_be_stopped_leaves_no_thread(
+    tmp_path: Path, pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption while it is stopped ends the watch all the same."""
+    pretend(Card())
+    before = threading.active_count()
+    with fake_server(tmp_path) as server:
+        session = Session(server, list(range(600)), OnGpu(gpus(), print))
+        running = threading.active_count()
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(server), "stop", lambda _self: interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                session.close(check=False)
+        assert threading.active_count() == running - 1
+    assert threading.active_count() <= before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,19 @@ def test_damage_gives_a_header_or_an_error(small: Path, data: st.DataObject) -> 
         assert "\n" not in str(error)  # noqa: PT017 - either is right
         return
     assert all(tensor.size <= len(whole) for tensor in model.tensors)
+
+
+def test_a_damaged_length_reads_no_weights(tmp_path: Path) -> None:
+    """An array that seems to be as long as the file is passed over, not loaded."""
+    long = 1 << 28
+    key = b"general.x"
+    pair = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 0, long)
+    path = written(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pair)
+    with path.open("ab") as file:
+        file.truncate(path.stat().st_size + long)
+    tracemalloc.start()
+    try:
+        assert read_tensors(path).metadata == {}
+        assert tracemalloc.get_traced_memory()[1] < long // 16
+    finally:
+        tracemalloc.stop()

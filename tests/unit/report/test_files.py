@@ -183,6 +183,35 @@ def test_what_was_measured_cannot_become_markup(
     assert page.text.count(json.dumps(evil)) == 2
 
 
+def test_names_of_processes_cannot_spoil_a_report(
+    tmp_path: Path, result: Result, card: dict[str, Any], verdict: Verdict
+) -> None:
+    """Whoever chooses them: no markup, no control characters, and bytes that are no UTF-8."""
+    evil = "<script>alert(1)</script>\x1b[2J\udc80"
+    card |= {"foreign": [{"pid": 7, "name": evil, "mib": 5.0, "busy": None}]}
+    hostile = replace(
+        result,
+        new=replace(result.new, gpu={"rate_hz": 10.0, "cards": [card]}),
+        verdicts=(replace(verdict, reason=f"GPU 0 is shared: {evil}"),),
+    )
+    path = write_report(tmp_path, [hostile])
+    page = Page(path)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count("<script>alert(1)</script>?[2J?") == 2
+    assert "\x1b" not in path.read_text("utf-8")
+    read = json.loads((tmp_path / "results.json").read_text("utf-8"))["results"][0]
+    assert read["new"]["gpu"]["cards"][0]["foreign"][0]["name"] == evil
+
+
+def test_what_gpus_did_is_told_once_a_case(
+    tmp_path: Path, result: Result, card: dict[str, Any]
+) -> None:
+    """However many tests gate it."""
+    seen = replace(result, new=replace(result.new, gpu={"rate_hz": 10.0, "cards": [card]}))
+    page = Page(write_report(tmp_path, [seen, replace(seen, nodeid="t::other")]))
+    assert page.text.count("NVIDIA H200") == 1
+
+
 @pytest.mark.parametrize("folder", ["file", "file/below"])
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(
     tmp_path: Path, result: Result, folder: str

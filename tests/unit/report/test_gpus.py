@@ -58,6 +58,9 @@ def test_a_gpu_has_one_line(card: dict[str, Any]) -> None:
         ({"power_capped": 0.25}, "at its power limit 25 % of the time"),
         ({"persistence": False}, "persistence mode off"),
         ({"foreign": [{"pid": 3, "name": None, "mib": 10, "busy": 45.0}]}, "a process (pid 3) 10"),
+        ({"foreign": [{"pid": 3, "name": "a\x1b[2Jb\n\udc80"}]}, "also there: a?[2Jb?? (pid 3)"),
+        ({"mig": True}, "NVIDIA H200, a MIG instance, 61 % busy"),
+        ({"mig": True, "name": "H200 MIG 1g.18gb"}, "GPU 0: H200 MIG 1g.18gb, 61 % busy"),
     ],
 )
 def test_what_is_out_of_the_ordinary_is_told(

@@ -357,3 +357,13 @@ def test_what_worked_before_a_crash_is_told(result: Result, verdict: Verdict) ->
     assert told in failure(dead, strict=False)
     nothing = replace(result, partial={**PARTIAL, "answered": 1, "samples": {}})
     assert partial_told(nothing) == "b9 crashed after 1 of 7 requests, before a sample was complete"
+
+
+def test_a_failure_holds_nothing_that_a_terminal_would_obey(
+    result: Result, verdict: Verdict
+) -> None:
+    """Reasons quote logs and names of processes; lines stay lines."""
+    spoilt = replace(result, verdicts=(replace(verdict, reason="a\x1b[31m\udc80\n  b"),))
+    text = failure(spoilt, strict=False)
+    assert "decode_tps: REGRESSION: a?[31m?\n  b\n" in text
+    assert text.encode()

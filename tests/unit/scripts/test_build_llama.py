@@ -192,6 +192,23 @@ def test_a_build_is_made_once(machine: Machine) -> None:
     assert machine.asked() == asked
 
 
+def test_who_may_not_write_to_the_cache_folder_takes_what_is_there(machine: Machine) -> None:
+    """On a machine that several users share; what is not there says who must let them."""
+    first = machine.build("9093")
+    for number in ("9093", "11434"):
+        lock = machine.cache / f"b{number}-cpu.lock"
+        lock.unlink(missing_ok=True)
+        # Not to be opened for writing, whoever runs this.
+        lock.mkdir()
+    assert machine.build("9093")[:2] == first[:2]
+    status, out, err = machine.build("11434")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"build_llama: cannot write to {machine.cache}: let all who build on this machine write "
+        "there, or set LLMPERF_CACHE\n"
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

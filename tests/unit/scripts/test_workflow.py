@@ -171,9 +171,11 @@ def test_options_and_markers_exist(workflow: dict[Any, Any]) -> None:
     used: set[str] = set()
     for text in (script(workflow, "Measure"), (UNITS / "gate.sh").read_text("utf-8")):
         used |= set(re.findall(r"--(?:llmperf|baseline|update|junit)[a-z-]*", text))
-        assert "-m gpu -n auto" in text
+        assert set(re.findall(r'^ *marks="?([^"\n]*)', text, re.MULTILINE)) == set(MARKS)
+        assert '-m "$marks" -n auto' in text
     assert {"--llmperf-build", "--baseline", "--update-baselines"} <= used <= known
-    assert any(marker.startswith("gpu:") for marker in plugin.MARKERS)
+    markers = {marker.partition(":")[0] for marker in plugin.MARKERS}
+    assert {"gpu", "multi_gpu"} <= markers
 
 
 def test_what_it_names_exists(workflow: dict[Any, Any]) -> None:
@@ -257,6 +259,7 @@ def test_the_plugin_of_another_repository_is_named(
 
 # -- measuring and summing up -------------------------------------------------------------------
 
+MARKS = ("gpu", "gpu and not multi_gpu")
 CLOSING = "====== llmperf ======\ncase  metric  verdict\nverdicts: 1 PASS"
 
 
@@ -280,8 +283,9 @@ def test_pytest_is_called_as_asked(
     )
     assert done.returncode == 0, done.stderr
     assert runner.called() == [
+        "--list-gpus",
         "-m",
-        "gpu",
+        "gpu and not multi_gpu",
         "-n",
         "auto",
         "--llmperf-build=/b/bin",
@@ -290,6 +294,50 @@ def test_pytest_is_called_as_asked(
         *told,
     ]
     assert runner.output.read_text("utf-8") == "status=0\n"
+
+
+SMI = "echo 'GPU {index}: NVIDIA H200 (UUID: GPU-{index})'"
+TWO_LISTED = "\n".join(SMI.format(index=index) for index in range(2))
+MIG_LISTED = f"{SMI.format(index=0)}\necho '  MIG 1g.18gb     Device  0: (UUID: MIG-1)'"
+
+
+@pytest.mark.parametrize(
+    ("listed", "env", "several"),
+    [
+        (TWO_LISTED, {}, True),
+        (TWO_LISTED, {"CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1"}, True),
+        (TWO_LISTED, {"CUDA_VISIBLE_DEVICES": "GPU-1"}, False),
+        (TWO_LISTED, {"CUDA_VISIBLE_DEVICES": ""}, False),
+        (SMI.format(index=0), {}, False),
+        (MIG_LISTED, {}, False),
+        ("exit 9", {}, False),
+    ],
+)
+@pytest.mark.parametrize("by_timer", [False, True])
+def test_what_needs_several_gpus_is_left_out_where_there_is_one(
+    workflow: dict[Any, Any],
+    runner: Runner,
+    listed: str,
+    env: dict[str, str],
+    *,
+    several: bool,
+    by_timer: bool,
+) -> None:
+    """Else the gate of every machine with one GPU would be red for ever."""
+    runner.program(runner.temp / "path" / "nvidia-smi", listed)
+    runner.program(runner.temp / "venv/bin/pytest", "echo done")
+    if by_timer:
+        runner.program(runner.temp / "python", "echo done")
+        copy = runner.folder / "scripts" / "systemd" / "gate.sh"
+        copy.parent.mkdir()
+        shutil.copy(UNITS / "gate.sh", copy)
+        done = runner.run(str(copy), LLMPERF_PYTHON=str(runner.temp / "python"), **env)
+    else:
+        asked = {"SPEC": "/b/bin", "MODE": "gate", "BASELINE": "", "SELECTION": ""}
+        done = runner.run(script(workflow, "Measure"), **asked, **env)
+    assert done.returncode == 0, done.stderr
+    called = runner.called()
+    assert called[called.index("-n") - 1] == MARKS[0 if several else 1]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +440,7 @@ def test_a_timer_gates_and_reports(runner: Runner, status: int, told: str, *, ma
     assert (runner.folder / "reports" / "latest" / "pytest.txt").read_text(
         "utf-8"
     ) == f"{CLOSING}\n"
-    assert runner.called()[:4] == ["latest", "-m", "pytest", "-m"]
+    assert runner.called()[:5] == ["latest", "--list-gpus", "-m", "pytest", "-m"]
 
 
 def test_a_build_that_fails_by_night_is_reported(runner: Runner) -> None:

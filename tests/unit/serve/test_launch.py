@@ -13,6 +13,8 @@ import pytest
 from support.fakes import CONFIG, PATIENCE, Journal, fake_build, fake_server, goes
 
 from pytest_llmperf.build.build import Build
+from pytest_llmperf.build.container import Container
+from pytest_llmperf.build.engine import Engine
 from pytest_llmperf.errors import BuildError, OutOfMemoryError, ServerError
 from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.plan.config import ModelFiles
@@ -176,14 +178,28 @@ def test_a_started_server_has_the_cards_of_its_plan(
         (True, ("url", "url"), (0, True)),
         (True, ("url", None), (0, True)),
         (False, ("here", None), (0, True)),
+        (True, ("here", "moe"), (2, True)),
+        (True, ("here", "picky"), (2, True)),
+        (True, ("here", "boxed"), (2, True)),
     ],
 )
 def test_what_measuring_takes_of_the_machine(
     journal: Journal, *, gpu: bool, sides: tuple[str | None, ...], found: tuple[int, bool]
 ) -> None:
-    """As the config says, where anything is started here."""
+    """As the config says, where anything is started here; but builds have options as well.
+
+    One with a variable of its own that chooses its GPUs may be on another's.
+    """
     here = fake_build(journal)
-    known = {"here": here, "url": replace(here, url="http://127.0.0.1:1")}
+    mine = {"CUDA_VISIBLE_DEVICES": "1"}
+    boxed = Container(Engine(("docker",), podman=False), "id", env=tuple(mine.items()))
+    known = {
+        "here": here,
+        "url": replace(here, url="http://127.0.0.1:1"),
+        "moe": replace(here, options={"n-cpu-moe": 4}),
+        "picky": replace(here, env=mine),
+        "boxed": replace(here, container=boxed),
+    }
     builds = [known[side] if side else None for side in sides]
     assert needs(replace(CONFIG, gpu=gpu, gpus=2), builds) == found
 
