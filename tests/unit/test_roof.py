@@ -39,7 +39,8 @@ def line(
 ) -> dict[str, object]:
     """Return what is shown of a case on a memory of 4000 GB/s."""
     memory = Memory(4000.0, BY_NVML)
-    return roofline(case, Path("m"), options or {}, memory, decode, splits=splits)
+    given = {**case.config.options, **(options or {})}
+    return roofline(case, Path("m"), given, memory, decode, splits=splits)
 
 
 @pytest.fixture(autouse=True)
