@@ -129,14 +129,14 @@ def test_fewer_layers_fail_by_name(gpu_project: Project) -> None:
     assert done.code == 0, done.text
     [path] = gpu_project.baseline_files()
     fewer = wrapper(
-        gpu_project, "fewer", 'for a; do [ "$a" = 99 ] && a=9; b+=("$a"); done; set -- "${b[@]}"'
+        gpu_project, "fewer", 'for a; do [ "$a" = 99 ] && a=16; b+=("$a"); done; set -- "${b[@]}"'
     )
     done = gpu_project.run(
         "-k", "decode and card", f"--llmperf-build={fewer}", f"--baseline={path.parent.name}"
     )
     assert done.code == 1
     assert done.verdicts()["card/w offloaded_layers"] == "REGRESSION"
-    assert "offloaded_layers is 9 layers, 17 in the baseline" in done.text
+    assert "offloaded_layers is 16 layers, 17 in the baseline" in done.text
 
 
 def test_falling_back_to_the_cpu_fails_by_name(gpu_project: Project) -> None:
