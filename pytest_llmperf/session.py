@@ -43,8 +43,9 @@ from pytest_llmperf.judge.chunks import QUALITY
 from pytest_llmperf.judge.priors import Priors
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.leases import Leases
-from pytest_llmperf.measure.launch import PROTOCOL, Launch
+from pytest_llmperf.measure.launch import PROTOCOL, Launch, process_tree
 from pytest_llmperf.measure.machine import machine, machine_fingerprint
+from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.metrics import METRICS, PUBLISHED_ONLY, Metric
 from pytest_llmperf.models.corpus import locate_corpus
 from pytest_llmperf.models.locate import check_sha256, files_of, locate, sha256
@@ -138,6 +139,7 @@ class Run:
     _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
     _server: Server | None = None
+    _on_gpu: OnGpu | None = None
     _gpu_error: LlmperfError | None = None
     _gpu_checked: bool = False
     _cuda: bool = True
@@ -292,7 +294,14 @@ class Run:
             files = self.files(config) if self.new.url is None else ModelFiles(Path())
             self._lease_for(Case(config))
             cards = self.leases.held[: config.cards]
-            self._server = start(self.new, config, files, replace(self._serve_plan(), cards=cards))
+            watched = cards if self.new.url is None else ()
+            self._on_gpu = OnGpu(watched, self.progress)
+            plan = replace(self._serve_plan(), cards=cards)
+            try:
+                self._server = start(self.new, config, files, plan)
+            except BaseException:
+                self._on_gpu.end((), config.name, check=False)
+                raise
         return self._server
 
     def leave_config(self) -> None:
@@ -305,8 +314,13 @@ class Run:
     def close_server(self) -> None:
         """Stop the server that :meth:`server` started, if it runs."""
         if self._server is not None:
+            pid, name = self._server.pid, self._server.config.name
+            pids = [process.pid for process in process_tree(pid)] if pid is not None else []
             self._server.stop()
             self._server = None
+            if self._on_gpu is not None:
+                # What comes next on the GPU shall find it free; who leaks there is told by gates.
+                self._on_gpu.end(pids, name, check=False)
 
     def _with_gpu(self, config: Config, *, marked: bool) -> Config:
         """Return a config that gets a GPU if a test of it is marked so.

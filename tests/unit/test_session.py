@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -41,6 +41,7 @@ from pytest_llmperf.judge.store import Failure
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.measure import launch, logfacts
 from pytest_llmperf.measure.launch import Launch
+from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.metrics import METRICS
 from pytest_llmperf.plan.config import LAUNCH, Case, Config, CorpusPass, Turn, Workload
 from pytest_llmperf.plan.suite import Suite, load_suite
@@ -974,6 +975,32 @@ def test_measuring_stops_the_server_of_the_tests(project: Project) -> None:
     server = run.server(run.suite.configs["one"])
     run.gate("memory", case_of(run, "one"), {"kv_mib": None})
     assert not server.alive()
+
+
+def test_the_memory_of_the_tests_own_server_is_waited_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything else is started there; a start that failed is not left behind either."""
+    ended: list[tuple[bool, bool]] = []
+
+    class Looked(OnGpu):
+        def end(
+            self, pids: Collection[int], name: str, *, check: bool = True, alone: bool = True
+        ) -> None:
+            ended.append((bool(pids), check))
+            super().end(pids, name, check=check, alone=alone)
+
+    monkeypatch.setattr(session, "OnGpu", Looked)
+    run = project.run(update=True)
+    server = run.server(run.suite.configs["one"])
+    assert not ended
+    run.close_server()
+    assert (ended, server.alive()) == ([(True, False)], False)
+    project.faults("new", "start-exit")
+    again = project.run(update=True)
+    with pytest.raises(ServerError):
+        again.server(again.suite.configs["one"])
+    assert ended[1:] == [(False, False)]
 
 
 def test_a_server_that_does_not_start_is_an_error_each_time(project: Project) -> None:
