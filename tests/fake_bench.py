@@ -10,7 +10,7 @@ Faults, by comma; DEPTH is where it happens:
 ``killed@DEPTH``   kills itself
 ``short@DEPTH``    gives one sample too few
 ``lost@DEPTH``     leaves the row out that tells decode speed, and ends well
-``model``          cannot load the model
+``model``          cannot load the model; ``model@DEPTH`` for that depth alone
 ``loading``        never gets the model loaded
 ``twice``          gives every row twice
 ``cpu``            computed on the CPU; without it, on a GPU
@@ -85,7 +85,7 @@ def main() -> None:
         at = {fault.partition("@")[0] for fault in faults if fault.endswith(f"@{depth}")}
         step = f"llama-bench: benchmark {index}/{len(works)}:"
         say(f"{step} starting")
-        load(faults, model)
+        load(faults | (at & {"model"}), model)
         if "full" not in at:
             say(f"{step} warmup {'prompt' if prompt else 'generation'} run")
             say(f"{step} depth run 1/{repetitions}")

@@ -247,7 +247,7 @@ def run_bench(plan: BenchPlan, workloads: Sequence[Workload]) -> Benched:
     Raises:
         BuildError: If the build has no such tool, or it cannot take an option of the config.
         ServerError: If the tool cannot be started at all, or has no memory for the model.
-        ToolError: If it cannot do its work whatever the workload.
+        ToolError: If it cannot do its work whatever the workload, before any of it is done.
     """
     plan.serve.folder.mkdir(parents=True, exist_ok=True)
     done = Benched(Launch(plan.build.label, plan.config.name, "", ""))
@@ -259,7 +259,11 @@ def run_bench(plan: BenchPlan, workloads: Sequence[Workload]) -> Benched:
     for group in groups.values():
         ran = _run(plan, group)
         if ran.fatal and ran.failure is not None:
-            raise ran.failure
+            if not done.launch.samples:
+                raise ran.failure
+            # It worked a moment ago, so what was measured then stands.
+            done.failures |= {workload.name: ran.failure for workload in group}
+            continue
         done.launch.command = "; ".join(filter(None, (done.launch.command, ran.command)))
         done.launch.log = done.launch.log or str(ran.log)
         _take(plan, group, ran, done)

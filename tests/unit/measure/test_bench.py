@@ -137,6 +137,14 @@ def test_other_lengths_need_another_process(lab: Lab) -> None:
     assert done.launch.command.count("--n-depth") == 2
 
 
+def test_what_was_measured_outlives_a_later_process_that_cannot_load(lab: Lab) -> None:
+    """The failure is that of the workloads it would have measured, and of no other."""
+    done = lab.run("cpu,model@100", (EMPTY, bench("other", 100, prompt=32)))
+    assert done.launch.samples.keys() == {"d0"}
+    assert done.failures.keys() == {"other"}
+    assert "failed to load model" in str(done.failures["other"])
+
+
 def test_two_names_of_one_depth(lab: Lab) -> None:
     """It is measured once, for both."""
     done = lab.run("cpu", (SOME, bench("again", 100)))
