@@ -32,6 +32,7 @@ import psutil
 
 from pytest_llmperf.errors import RunError
 from pytest_llmperf.gpu.cards import Gpu
+from pytest_llmperf.plain import plain
 
 _POLL_S = 0.05
 _TELL_S = 10.0
@@ -301,7 +302,7 @@ class Leases:
                 pid, what, folder = int(str(told["pid"])), told["what"], told["folder"]
                 # One that was killed left its note, but not its lock; its number may be another's.
                 if _is(pid, str(told["started"])):
-                    found[_printable(f"pid {pid} ({what}, in {folder})")] = None
+                    found[plain(f"pid {pid} ({what}, in {folder})", kept="")] = None
         return " and ".join(found) or "another run on this machine"
 
 
@@ -376,11 +377,6 @@ def _folder() -> str:
         return str(Path.cwd())
     except OSError:
         return "a folder that is gone"
-
-
-def _printable(text: str) -> str:
-    """Return a text of another one's without what would do something to a terminal."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def _counted(gpus: int) -> str:

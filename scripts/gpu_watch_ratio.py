@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-import platformdirs
-
-from pytest_llmperf.build.resolve import resolve
-from pytest_llmperf.build.spec import parse_spec
+from pytest_llmperf.cli.subject import subject
 from pytest_llmperf.gpu.cards import gpus
 from pytest_llmperf.gpu.watch import GpuWatch
 from pytest_llmperf.measure.host import is_ours
 from pytest_llmperf.measure.launch import Session, text_tokens
-from pytest_llmperf.models.locate import files_of, locate
-from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.serve.launch import ServePlan, start
 from pytest_llmperf.settings import DEFAULT_SUITE
 
@@ -43,25 +37,20 @@ def main() -> int:
     parser.add_argument("--models", type=Path, action="append", default=[])
     parser.add_argument("--pairs", type=int, default=20)
     arguments = parser.parse_args()
-    suite = load_suite(arguments.suite)
-    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
-    build = resolve(
-        parse_spec(arguments.build, suite.builds, Path.cwd()), cache, lambda _text: None
+    chosen = subject(
+        arguments.suite,
+        arguments.build,
+        arguments.config,
+        [arguments.workload],
+        arguments.models,
+        progress=lambda _text: None,
     )
-    [case] = suite.cases([arguments.config], [arguments.workload])
-    workload = case.workload
-    if workload is None:
-        parser.error(f"{arguments.workload} is no workload")
-    files = files_of(
-        case.config,
-        suite.models,
-        lambda model: locate(suite.models[model], arguments.models, cache, suite.models),
-    )
+    [workload] = chosen.workloads
     ratios: dict[str, list[float]] = {metric: [] for metric in METRICS}
     rates = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        start(build, case.config, files, ServePlan(folder=Path(folder))) as server,
+        start(chosen.build, chosen.config, chosen.files, ServePlan(folder=Path(folder))) as server,
     ):
         session = Session(server, text_tokens(server))
         session.settle()

@@ -10,20 +10,14 @@ counts begins after ``GPU_WARM_UPS`` of them on a GPU, after one elsewhere::
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import platformdirs
-
-from pytest_llmperf.build.resolve import resolve
-from pytest_llmperf.build.spec import parse_spec
+from pytest_llmperf.cli.subject import subject
 from pytest_llmperf.measure.launch import Session, text_tokens
-from pytest_llmperf.models.locate import files_of, locate
-from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.report.wording import columns
 from pytest_llmperf.serve.launch import ServePlan, start
 from pytest_llmperf.settings import DEFAULT_SUITE
@@ -50,34 +44,29 @@ def main() -> int:
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--requests", type=int, default=8)
     arguments = parser.parse_args()
-    suite = load_suite(arguments.suite)
-    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
-    spec = parse_spec(arguments.build, suite.builds, Path.cwd())
-    build = resolve(spec, cache, lambda _text: None)
     names = [str(number) for number in range(1, arguments.requests + 1)]
     rows: list[Sequence[str]] = [("config", "workload", "metric", *names)]
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.config:
-            workloads = arguments.workload or ["answer", "document"]
-            cases = suite.cases([name], workloads)
-            files = files_of(
-                cases[0].config,
-                suite.models,
-                lambda model: locate(suite.models[model], arguments.models, cache, suite.models),
+            chosen = subject(
+                arguments.suite,
+                arguments.build,
+                name,
+                arguments.workload or ["answer", "document"],
+                arguments.models,
+                progress=lambda _text: None,
             )
+            workloads = chosen.workloads
             found: dict[tuple[str, str], list[list[float]]] = {}
             for number in range(arguments.starts):
                 sys.stderr.write(f"{name}: start {number + 1} of {arguments.starts}\n")
                 plan = ServePlan(folder=Path(folder))
-                with start(build, cases[0].config, files, plan) as server:
+                with start(chosen.build, chosen.config, chosen.files, plan) as server:
                     session = Session(server, text_tokens(server))
                     session.settle()
                     # Each workload is the first to be asked in turn.
-                    shift = number % len(cases)
-                    for case in cases[shift:] + cases[:shift]:
-                        workload = case.workload
-                        if workload is None:
-                            continue
+                    shift = number % len(workloads)
+                    for workload in workloads[shift:] + workloads[:shift]:
                         for _ in range(arguments.requests):
                             session.sample(workload)
                         taken = session.launch.samples[workload.name]

@@ -19,11 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import platformdirs
-
-from pytest_llmperf.build.resolve import default_spec, resolve
-from pytest_llmperf.build.spec import parse_spec
 from pytest_llmperf.campaign.servers import ServerCampaign
+from pytest_llmperf.cli.subject import cache_folder, subject
 from pytest_llmperf.errors import PlanError
 from pytest_llmperf.gate import to_block
 from pytest_llmperf.gpu.cards import all_gpus, gpus
@@ -42,8 +39,6 @@ from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.machine import machine
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.models.locate import files_of, locate
-from pytest_llmperf.plan.suite import load_suite
 from pytest_llmperf.report.wording import columns, percent
 from pytest_llmperf.serve.launch import ServePlan
 from pytest_llmperf.settings import DEFAULT_PAIRS, DEFAULT_SUITE, default_foreign_load
@@ -189,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: If suite, build, config or model cannot be had.
     """
     kept = load_blocks(arguments.blocks_file)
-    cache = Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
+    cache = cache_folder()
     key = str(machine(os.environ.get("LLMPERF_MACHINE") or None)["key"])
     if not arguments.replay_only:
         kept = measure(arguments, kept, cache)
@@ -239,26 +234,25 @@ def load_blocks(path: Path) -> list[Measured]:
 
 def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) -> list[Measured]:
     """Measure blocks, slowdowns taking turns, until each has as many as were asked for."""
-    suite = load_suite(arguments.suite)
-    [case, *_] = cases = suite.cases([arguments.config], arguments.workload or ["short"])
-    config = case.config
-    spec = parse_spec(arguments.build or default_spec(os.environ), suite.builds, Path.cwd())
-    build = resolve(spec, cache, _say)
-    files = files_of(
-        config,
-        suite.models,
-        lambda name: locate(suite.models[name], arguments.models, cache, suite.models),
+    chosen = subject(
+        arguments.suite,
+        arguments.build,
+        arguments.config,
+        arguments.workload or ["short"],
+        arguments.models,
+        progress=_say,
     )
+    config, cases = chosen.config, chosen.cases
     folder = arguments.blocks_file.parent / f"calibrate-{os.getpid()}"
     arguments.blocks_file.parent.mkdir(parents=True, exist_ok=True)
     leases = Leases(cache / "locks", gpus(), all_gpus(), _say)
     campaigns = {
         level: ServerCampaign(
             config=config,
-            workloads=[one.workload for one in cases if one.workload is not None],
-            new=replace(build, stopped_share=level),
-            base=build,
-            files=files,
+            workloads=chosen.workloads,
+            new=replace(chosen.build, stopped_share=level),
+            base=chosen.build,
+            files=chosen.files,
             serve=ServePlan(folder=folder),
             pairs=arguments.pairs,
             leases=leases,
@@ -267,7 +261,7 @@ def measure(arguments: argparse.Namespace, kept: list[Measured], cache: Path) ->
         )
         for level in arguments.slowdowns
     }
-    names = {one.workload.name for one in cases if one.workload is not None}
+    names = {workload.name for workload in chosen.workloads}
     done = {
         level: sum(
             m.level == level and m.config == config.name and m.workload in names for m in kept

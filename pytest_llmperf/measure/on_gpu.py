@@ -46,8 +46,9 @@ class OnGpu:
         self._guests = guests
         self._named = False
         self._shared: float | None = None
-        self._release: Release
-        self._release = Release(self.cards) if instead is None else instead._release  # noqa: SLF001 - of the same class
+        self._release: Release = (
+            Release(self.cards) if instead is None else instead._release  # noqa: SLF001 - of the same class
+        )
         self._watch = GpuWatch(self.cards, _anything if guests else is_ours)
         self._ended = False
 

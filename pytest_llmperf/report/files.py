@@ -11,8 +11,8 @@ import jinja2
 
 from pytest_llmperf.errors import UserError
 from pytest_llmperf.judge.store import write_atomic
+from pytest_llmperf.plain import plain
 from pytest_llmperf.report.gpus import gpu_lines
-from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import (
     HEADER,

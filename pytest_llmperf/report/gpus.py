@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_llmperf.report.plain import plain
+from pytest_llmperf.plain import plain
 from pytest_llmperf.report.result import Side
 
 

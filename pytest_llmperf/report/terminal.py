@@ -11,7 +11,7 @@ import pytest
 from pytest_llmperf.judge.store import Change
 from pytest_llmperf.judge.verdict import Outcome
 from pytest_llmperf.metrics import METRICS
-from pytest_llmperf.report.plain import plain
+from pytest_llmperf.plain import plain
 from pytest_llmperf.report.result import Result
 from pytest_llmperf.report.wording import (
     HEADER,

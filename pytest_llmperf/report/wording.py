@@ -9,8 +9,8 @@ from statistics import median
 from pytest_llmperf.judge._common import slack_text
 from pytest_llmperf.judge.verdict import Outcome, Verdict
 from pytest_llmperf.metrics import METRICS
+from pytest_llmperf.plain import plain
 from pytest_llmperf.report.gpus import gpu_lines, hundredths
-from pytest_llmperf.report.plain import plain
 from pytest_llmperf.report.result import Result
 
 _MOST_NAMES = 3

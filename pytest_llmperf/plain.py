@@ -17,7 +17,10 @@ def plain(text: str, kept: str = _KEPT) -> str:
         text: What may hold such.
         kept: Characters to keep all the same.
     """
-    return "".join(
-        "?" if unicodedata.category(one).startswith("C") and one not in kept else one
-        for one in text
-    )
+    return "".join("?" if _hidden(one) and one not in kept else one for one in text)
+
+
+def _hidden(one: str) -> bool:
+    # Beside control characters and the like, what separates lines and paragraphs.
+    kind = unicodedata.category(one)
+    return kind.startswith("C") or kind in {"Zl", "Zp"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmperf.report.plain import plain
+from pytest_llmperf.plain import plain
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from pytest_llmperf.report.plain import plain
         ("\x1b[2J\x00\r\x7f", "?[2J???"),
         ("a\udc80b", "a?b"),
         ("exe\u202egpj", "exe?gpj"),
+        ("a\u2028b\u2029c", "a?b?c"),
     ],
 )
 def test_what_cannot_be_seen_becomes_a_question_mark(text: str, shown: str) -> None:
