@@ -151,7 +151,8 @@ class Question:
         fingerprint: Gives the fingerprint of a launch under this case.
         priors: What calibration found of this machine's noise.
         rematch: Gives a campaign of the build under test against the recorded baseline's build,
-            to confirm a stored REGRESSION; raises LlmperfError where that build cannot be had.
+            for what recorded launches leave open or suspect; raises LlmperfError where that build
+            cannot be had.
     """
 
     campaign: Campaign
@@ -425,9 +426,14 @@ class Question:
                 last=last,
             )
 
-        verdict = self._until_clear(decide, self.samples, lambda: self.campaign.measured[1], plan)
-        if verdict.outcome is Outcome.REGRESSION:
-            verdict = self._again(verdict)
+        def against_record() -> Verdict:
+            return self._until_clear(decide, self.samples, lambda: self.campaign.measured[1], plan)
+
+        screen: list[list[float]] = []
+        while (look := decide(screen, [], last=False)).wants and len(screen) < plan.first_screen:
+            screen.append(self.samples(len(screen)))
+        clear = look.verdict.outcome is not Outcome.INCONCLUSIVE
+        verdict = against_record() if clear else self._today(look.verdict, against_record)
         if stored.oldest is None:
             return verdict
         return since(verdict, *stored.oldest, case.key, fingerprint)
@@ -459,17 +465,26 @@ class Question:
             return verdict
         return since(verdict, *stored.oldest, self.case.key, fingerprint)
 
-    def _again(self, verdict: Verdict) -> Verdict:
-        """Let a REGRESSION against recorded launches prove itself side by side, if it can.
+    def _today(self, first: Verdict, against_record: Callable[[], Verdict]) -> Verdict:
+        """Let today's blocks decide what recorded launches leave open or suspect, if they can.
 
-        The machine may have been faster on the day of the record; today's blocks cannot.
+        The machine may have been faster on the day of the record, and starts differ by more than
+        the blocks that cancel it. More launches against the same few recorded ones help neither.
+
+        Args:
+            first: The verdict of the first look at launches.
+            against_record: Goes on with launches alone.
         """
         if self.campaign.endpoint:
-            return verdict
+            return against_record()
         try:
-            return confirmed(verdict, self._side_by_side(self.rematch()))
+            rematch = self.rematch()
+            spent = time.monotonic() > self.deadline and not rematch.measured[0]
+            if spent and not suspected(first):
+                return against_record()
+            return settled(first, self._side_by_side(rematch))
         except LlmperfError as error:
-            return unconfirmed(verdict, str(error))
+            return unsettled(against_record(), str(error))
 
 
 def failure_of(error: LlmperfError) -> Failure:
@@ -575,32 +590,44 @@ def since(  # noqa: PLR0917 - a verdict, and what it is compared with
     return replace(verdict, evidence={**verdict.evidence, "oldest": told})
 
 
-def unconfirmed(verdict: Verdict, why: str) -> Verdict:
-    """Return a stored REGRESSION that could not be tried side by side, saying why."""
-    return replace(
-        verdict,
-        reason=f"{verdict.reason}. Not confirmed side by side, so the machine itself may be slower "
-        f"than on the day of the record: {why}",
-    )
+def suspected(verdict: Verdict) -> bool:
+    """Return whether the last look behind a verdict showed a slowdown beyond the tolerance."""
+    looks = verdict.evidence.get("looks")
+    return isinstance(looks, list) and looks[-1]["claim"] == "slower"
 
 
-def confirmed(verdict: Verdict, rematch: Verdict) -> Verdict:
-    """Return the verdict on a stored REGRESSION that was measured side by side as well.
+def unsettled(verdict: Verdict, why: str) -> Verdict:
+    """Return a verdict against recorded launches that no blocks could settle, saying why."""
+    if verdict.outcome is Outcome.REGRESSION:
+        told = "Not confirmed side by side, so the machine itself may be slower than on the day of"
+        told = f"{told} the record: {why}"
+    elif verdict.outcome is Outcome.INCONCLUSIVE:
+        told = f"Side by side would tell more, but {why}"
+    else:
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason}. {told}")
+
+
+def settled(verdict: Verdict, rematch: Verdict) -> Verdict:
+    """Return the verdict on what recorded launches left open or suspected, as blocks settled it.
 
     What counts is side by side, where the machine is the same for both builds.
 
     Args:
-        verdict: The stored one.
+        verdict: The one against recorded launches.
         rematch: The one side by side.
     """
     told = finding(verdict.metric, verdict.change, None, 0)
-    if rematch.outcome is Outcome.REGRESSION:
-        reason = f"{rematch.reason} (against the recorded launches: {told})"
-    elif rematch.outcome in {Outcome.PASS, Outcome.IMPROVED}:
+    passed = rematch.outcome in {Outcome.PASS, Outcome.IMPROVED}
+    if verdict.change is None:
+        reason = f"{rematch.reason} (the recorded launches are too few to tell)"
+    elif passed and suspected(verdict):
         reason = (
             f"{rematch.reason}; against the recorded launches {told}, so the machine is not as "
             "fast as on the day of the record: record the baseline anew"
         )
+    elif passed or rematch.outcome is Outcome.REGRESSION:
+        reason = f"{rematch.reason} (against the recorded launches: {told})"
     else:
         reason = f"against the recorded launches {told}, but side by side: {rematch.reason}"
     return replace(

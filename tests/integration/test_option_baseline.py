@@ -133,7 +133,7 @@ def _record(project: Project) -> None:
 
 
 def test_machine_that_has_become_slower_is_no_regression(project: Project) -> None:
-    """A stored REGRESSION is tried side by side with the recorded build, which is as slow today."""
+    """A suspicion is tried side by side with the recorded build, which is as slow today."""
     _record(project)
     _as_if_faster(project, 100)
     done = project.run("--baseline=b11549", "-k", "decode")
@@ -141,7 +141,7 @@ def test_machine_that_has_become_slower_is_no_regression(project: Project) -> No
     [verdict] = result["verdicts"]
     assert verdict["outcome"] != "REGRESSION", done.text
     assert verdict["mode"] == "side-by-side"
-    assert verdict["evidence"]["stored"]["outcome"] == "REGRESSION"
+    assert "waits for its confirmation" in verdict["evidence"]["stored"]["reason"]
     assert "against the recorded launches decode_tps is 9" in verdict["reason"]
 
 

@@ -247,7 +247,50 @@ def test_a_stored_regression_is_confirmed_side_by_side() -> None:
     assert "against the recorded launches: decode_tps is 35.0 % lower" in verdict.reason
     stored_too = verdict.evidence["stored"]
     assert isinstance(stored_too, dict)
-    assert stored_too["outcome"] == "REGRESSION"
+    assert "waits for its confirmation" in stored_too["reason"]
+    assert canned.launches == 3, "more launches against the same record prove less than blocks"
+
+
+@pytest.mark.parametrize(
+    ("base", "outcome"),
+    [(around(95.0), Outcome.PASS), (around(130.0), Outcome.REGRESSION)],
+)
+def test_what_recorded_launches_leave_open_is_settled_side_by_side(
+    base: Values, outcome: Outcome
+) -> None:
+    """Starts differ by more than blocks do: where both builds are at hand, blocks decide."""
+    canned = Canned("decode_tps", around(95.3, spread=0.02))
+    verdict = ask(canned, SPEED, rematch=Canned("decode_tps", around(95.3), base=base))
+    assert (verdict.outcome, verdict.mode) == (outcome, "side-by-side")
+    assert "(against the recorded launches: decode_tps is" in verdict.reason
+    assert "day of the record" not in verdict.reason
+    assert canned.launches == 3
+
+
+def test_too_few_recorded_launches_are_made_up_for_side_by_side() -> None:
+    """One launch of the build under test is enough to see that the record cannot tell."""
+    canned = Canned("decode_tps", around(100.0))
+    thin = stored({CASE.key: {"decode_tps": entry("decode_tps", around(100.0), 100.0, count=2)}})
+    verdict = ask(canned, thin, rematch=Canned("decode_tps", around(100.0)))
+    assert (verdict.outcome, verdict.mode) == (Outcome.PASS, "side-by-side")
+    assert "the recorded launches are too few to tell" in verdict.reason
+    assert canned.launches == 1
+
+
+@pytest.mark.parametrize(("blocks", "mode"), [(0, "stored"), (2, "side-by-side")])
+def test_an_open_verdict_starts_no_blocks_once_the_budget_is_spent(blocks: int, mode: str) -> None:
+    """But those that other metrics asked for are used."""
+    canned = Canned("decode_tps", around(95.3, spread=0.02))
+    today = Canned("decode_tps", around(95.3), blocks=blocks)
+    verdict = ask(canned, SPEED, rematch=today, budget=-1.0)
+    assert (verdict.mode, today.blocks) == (mode, blocks)
+
+
+def test_an_open_verdict_without_its_build_says_why_blocks_did_not_settle_it() -> None:
+    """The mend is in the reason."""
+    verdict = ask(Canned("decode_tps", around(95.3, spread=0.02)), SPEED)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "Side by side would tell more, but the build of b1 is not to be had" in verdict.reason
 
 
 def test_a_machine_that_has_become_slower_is_no_regression() -> None:
