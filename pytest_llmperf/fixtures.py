@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+
+from pytest_llmperf.budget import Budget
 
 if TYPE_CHECKING:
     from pytest_llmperf.build.build import Build
@@ -33,7 +34,7 @@ class Gate:
         self._request = request
         self._run = run
         # Of the first gate(): the budget is the test's, however many metrics it judges.
-        self._deadline: float | None = None
+        self._budget: Budget | None = None
         self.case = case
 
     def gate(self, *metrics: str) -> Result:
@@ -62,11 +63,11 @@ class Gate:
         try:
             asked = {metric: own.get(metric) for metric in metrics}
             gpu = node.get_closest_marker("gpu") is not None
-            if self._deadline is None:
+            if self._budget is None:
                 # The budget is for measuring, not for waiting until others have measured.
                 self._run.prepare(self.case, asked, gpu=gpu)
-                self._deadline = time.monotonic() + self._run.settings.budget
-            result = self._run.gate(node.nodeid, self.case, asked, self._deadline, gpu=gpu)
+                self._budget = Budget(self._run.settings.budget)
+            result = self._run.gate(node.nodeid, self.case, asked, self._budget, gpu=gpu)
         except PlanError as error:
             wrong = str(error)
         finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Protocol, TypeVar
 
+from pytest_llmperf.budget import Budget
 from pytest_llmperf.build.tools import BENCH
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches
 from pytest_llmperf.errors import (
@@ -146,7 +147,7 @@ class Question:
         case: Config and workload.
         metric: The metric.
         tolerance: Relative change for the worse that is allowed.
-        deadline: ``time.monotonic()`` after which nothing is measured again.
+        budget: What the test may spend on measuring again.
         launches: Fresh starts measured for and against a recorded baseline.
         fingerprint: Gives the fingerprint of a launch under this case.
         priors: What calibration found of this machine's noise.
@@ -159,7 +160,7 @@ class Question:
     case: Case
     metric: Metric
     tolerance: float
-    deadline: float
+    budget: Budget
     launches: int
     fingerprint: Callable[[Launch], Fingerprint]
     priors: Priors
@@ -269,7 +270,9 @@ class Question:
         return samples_of(launch, self.case, self.metric)
 
     def _launches(self, begin: int, end: int) -> list[list[float]]:
-        return [self.samples(index) for index in range(begin, end)]
+        """Return the samples of launches that any verdict needs."""
+        with self.budget.paused():
+            return [self.samples(index) for index in range(begin, end)]
 
     def _block(self, campaign: Campaign, index: int) -> Block:
         pair = campaign.block(index)
@@ -325,7 +328,8 @@ class Question:
 
     def _side_by_side(self, campaign: Campaign) -> Verdict:
         if self.metric.kind == "exact":
-            first = self._block(campaign, 0)
+            with self.budget.paused():
+                first = self._block(campaign, 0)
             return self._exact([first.base], first.new)
 
         def decide(screen: list[Block], confirm: list[Block], *, last: bool) -> Decision:
@@ -367,7 +371,6 @@ class Question:
         """
         screen: list[U] = []
         confirm: list[U] = []
-        deadline = self.deadline
         last = False
         while True:
             decision = decide(screen, confirm, last=last)
@@ -379,13 +382,11 @@ class Question:
                 if decision.wants == "screen"
                 else len(confirm) < plan.first_confirm
             )
-            if not must and taken >= measured() and time.monotonic() > deadline:
+            if not must and taken >= measured() and self.budget.spent:
                 last = True
                 continue
-            began = time.monotonic()
-            (screen if decision.wants == "screen" else confirm).append(unit(taken))
-            # Neither the first measuring nor waiting for another run to end spends the budget.
-            deadline += time.monotonic() - began if must else 0.0
+            with self.budget.paused() if must else nullcontext():
+                (screen if decision.wants == "screen" else confirm).append(unit(taken))
 
     def _stored(self, stored: Stored) -> Verdict:
         case, metric = self.case, self.metric
@@ -431,7 +432,7 @@ class Question:
 
         screen: list[list[float]] = []
         while (look := decide(screen, [], last=False)).wants and len(screen) < plan.first_screen:
-            screen.append(self.samples(len(screen)))
+            screen += self._launches(len(screen), len(screen) + 1)
         clear = look.verdict.outcome is not Outcome.INCONCLUSIVE
         verdict = against_record() if clear else self._today(look.verdict, against_record)
         if stored.oldest is None:
@@ -479,8 +480,8 @@ class Question:
             return against_record()
         try:
             rematch = self.rematch()
-            spent = time.monotonic() > self.deadline and not rematch.measured[0]
-            if spent and not suspected(first):
+            free = rematch.measured[0] > 0
+            if self.budget.spent and not free and not suspected(first):
                 return against_record()
             return settled(first, self._side_by_side(rematch))
         except LlmperfError as error:

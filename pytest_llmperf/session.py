@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from pytest_llmperf.budget import Budget
 from pytest_llmperf.build.bench_dialect import computing
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import devices_command, devices_of
@@ -167,7 +167,7 @@ class Run:
         nodeid: str,
         case: Case,
         asked: Mapping[str, float | None],
-        deadline: float | None = None,
+        budget: Budget | None = None,
         *,
         gpu: bool = False,
     ) -> Result:
@@ -177,8 +177,7 @@ class Run:
             nodeid: The test.
             case: Config and workload.
             asked: Metric name to the test's own tolerance, or None for the next lower source.
-            deadline: ``time.monotonic()`` after which nothing is measured again; by default
-                the budget from now.
+            budget: What the test may spend on measuring again; by default that of the settings.
             gpu: Whether the test is marked ``gpu``, whatever its config says.
 
         Raises:
@@ -203,15 +202,15 @@ class Run:
                 self.machine_key,
                 tuple(verdicts),
             )
-        until = time.monotonic() + self.settings.budget if deadline is None else deadline
+        budget = Budget(self.settings.budget) if budget is None else budget
 
-        def judge(name: str, own: float | None, until: float) -> Verdict:
+        def judge(name: str, own: float | None) -> Verdict:
             question = Question(
                 campaign=campaign,
                 case=case,
                 metric=METRICS[name],
                 tolerance=self.tolerance(METRICS[name], case.config, own),
-                deadline=until,
+                budget=budget,
                 launches=self.settings.launches,
                 fingerprint=lambda launch: self.fingerprint(case, launch),
                 priors=self.priors,
@@ -223,12 +222,12 @@ class Run:
         failing = [
             verdict
             for name in guards
-            if (verdict := judge(name, None, until)).outcome is Outcome.REGRESSION
+            if (verdict := judge(name, None)).outcome is Outcome.REGRESSION
         ]
         if failing:
             # It fails whatever the others say, and may be very slow: no more time is spent on it.
-            until = time.monotonic()
-        verdicts = [*failing, *(judge(name, own, until) for name, own in asked.items())]
+            budget.spend()
+        verdicts = [*failing, *(judge(name, own) for name, own in asked.items())]
         return self._result(nodeid, case, campaign, verdicts, (*guards, *asked))
 
     def _gate_quality(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:

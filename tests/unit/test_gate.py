@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_llmperf.budget import Budget
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches
 from pytest_llmperf.errors import (
     BuildError,
@@ -142,7 +142,7 @@ def ask(
     comparison: Comparison,
     *,
     case: Case = CASE,
-    budget: float = BUDGET,
+    budget: float | Budget = BUDGET,
     launches: int = 3,
     fingerprint: Mapping[str, str] | None = None,
     rematch: Canned | None = None,
@@ -161,7 +161,7 @@ def ask(
         case=case,
         metric=metric,
         tolerance=metric.tolerance,
-        deadline=time.monotonic() + budget,
+        budget=budget if isinstance(budget, Budget) else Budget(budget),
         launches=launches,
         fingerprint=lambda _launch: FINGERPRINT if fingerprint is None else fingerprint,
         priors=priors,
@@ -809,7 +809,7 @@ def test_a_running_server_is_one_start() -> None:
 def test_the_first_block_does_not_spend_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget is for measuring again, so a slow first block leaves it whole."""
     now = [1000.0]
-    monkeypatch.setattr("pytest_llmperf.gate.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pytest_llmperf.budget.time.monotonic", lambda: now[0])
 
     class Slow(Canned):
         def block(self, index: int) -> PairedLaunches:
@@ -819,6 +819,32 @@ def test_the_first_block_does_not_spend_the_budget(monkeypatch: pytest.MonkeyPat
     canned = Slow("decode_tps", around(100.0))
     ask(canned, SideBySide(), budget=50.0)
     assert canned.blocks == 2
+
+
+@pytest.mark.parametrize("metric", ["decode_tps", "draft_acceptance"])
+def test_the_first_launches_do_not_spend_the_budget(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the first look, and of a guard that is judged before: blocks are still started.
+
+    A GPU takes a minute for them, and a test with that budget came to no block.
+    """
+    now = [1000.0]
+    monkeypatch.setattr("pytest_llmperf.budget.time.monotonic", lambda: now[0])
+
+    class Slow(Canned):
+        def launch(self, index: int) -> Launch:
+            now[0] += 100.0 if index >= self.launches else 0.0
+            return super().launch(index)
+
+    canned = Slow(metric, around(95.3, spread=0.0 if metric == "draft_acceptance" else 0.02))
+    today = Canned("decode_tps", around(95.3), base=around(95.0))
+    budget = Budget(50.0)
+    if metric == "draft_acceptance":
+        assert ask(canned, DRAFTS, budget=budget).outcome is Outcome.IMPROVED
+    else:
+        assert ask(canned, SPEED, rematch=today, budget=budget).mode == "side-by-side"
+    assert not budget.spent
 
 
 def test_builds_that_were_asked_different_things_are_not_compared() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pytest_llmperf.beginning import (
     check_baseline_name,
     run_folder,
 )
+from pytest_llmperf.budget import Budget
 from pytest_llmperf.build.devices import Device
 from pytest_llmperf.errors import (
     BaselineError,
@@ -896,7 +896,7 @@ def test_fewer_layers_on_the_gpu_fail_every_case_by_name(
     monkeypatch.setattr(launch, "read_log", lambda text: replace(read(text), offloaded_layers=2))
     fewer = project.run(baseline="b9001")
     fewer.selected = {"card": [case]}
-    first, second = fewer.gate("s", case, {"decode_tps": None}, time.monotonic() + 600).verdicts
+    first, second = fewer.gate("s", case, {"decode_tps": None}, Budget(600.0)).verdicts
     assert (first.metric, first.outcome) == ("offloaded_layers", Outcome.REGRESSION)
     assert "offloaded_layers is 2 layers, 5 in the baseline" in first.reason
     assert second.metric == "decode_tps"

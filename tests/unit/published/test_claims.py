@@ -10,7 +10,6 @@ Reports: *Handoff*, *Follow-up* (with the number of the experiment), *Replies* a
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal, cast
 
 import pytest
 
+from pytest_llmperf.budget import Budget
 from pytest_llmperf.campaign.base import Campaign
 from pytest_llmperf.errors import BuildError
 from pytest_llmperf.gate import Question, Stored
@@ -1190,7 +1190,7 @@ def gated(config: Config, where: str, metric: str, base: float, new: float) -> V
         case=case,
         metric=known,
         tolerance=known.tolerance,
-        deadline=time.monotonic(),
+        budget=Budget(0.0),
         launches=LAUNCHES,
         fingerprint=lambda _launch: {},
         priors=Priors(),
