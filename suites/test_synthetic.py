@@ -29,7 +29,7 @@ def test_decode(speed):
 @pytest.mark.gpu
 @pytest.mark.llmperf(configs=MIXED, workloads=["answer"])
 def test_decode_with_mixed_kv(speed):
-    """The same with short prompts only: where the CPU attends, 2048 tokens take a minute."""
+    """The same with short prompts only: where the CPU attends, long ones take minutes."""
     speed.gate("decode_tps", "prefill_tps", "ttft_ms", "tokens_per_joule")
 
 

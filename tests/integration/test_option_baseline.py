@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -183,4 +184,5 @@ def test_oldest_set_is_shown_beside_the_newest(project: Project) -> None:
     done = project.run("-k", "decode")
     assert "baseline b11549" in done.text
     assert "since b9000, the oldest baseline: one/w decode_tps -" in done.text
-    assert "chance of a false REGRESSION in this run: 0.5 % at most" in done.text
+    # By launches, or by blocks where those leave it open.
+    assert re.search(r"false REGRESSION in this run: 0\.[15] % at most", done.text)
