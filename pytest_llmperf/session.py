@@ -57,7 +57,14 @@ from pytest_llmperf.preflight import disk_warnings, gpu_warnings
 from pytest_llmperf.quality_gate import QualityQuestion, not_alone
 from pytest_llmperf.report.result import Result, Side
 from pytest_llmperf.roof import DECODE, memory_of, roofline
-from pytest_llmperf.serve.launch import ServePlan, Server, needs, server_options, start
+from pytest_llmperf.serve.launch import (
+    ServePlan,
+    Server,
+    check_options,
+    needs,
+    server_options,
+    start,
+)
 from pytest_llmperf.serve.ollama import ollama_options
 from pytest_llmperf.settings import Settings
 
@@ -160,6 +167,7 @@ class Run:
             check_metrics(case, asked)
             case = replace(case, config=self._with_gpu(case.config, marked=gpu))
             self._require_gpu(needed=case.config.gpu)
+            self._check_options(case)
             self._lease_for(case)
 
     def gate(
@@ -187,6 +195,7 @@ class Run:
         case = replace(case, config=self._with_gpu(case.config, marked=gpu))
         try:
             self._require_gpu(needed=case.config.gpu)
+            self._check_options(case)
             # First, since a model may have to be made, which would disturb who measures now.
             self._lease_for(case)
             if case.corpus_pass is not None:
@@ -259,7 +268,7 @@ class Run:
             nodeid=nodeid,
             case=case.key,
             new=sides[0],
-            base=sides[1] if len(sides) > 1 else self._stored_side(),
+            base=sides[1] if len(sides) > 1 else self._base_side(()),
             machine=self.machine_key,
             verdicts=not_alone(verdicts),
             fingerprint=fingerprint,
@@ -386,7 +395,7 @@ class Run:
         Raises:
             LlmperfError: If the config's model or a GPU it needs is not there.
         """
-        key = config.name, config.gpu, tool
+        key = _key(config, tool)
         if key not in self._campaigns:
             self._campaigns[key] = self._campaign(config, tool, self.base)
         return self._campaigns[key]
@@ -397,8 +406,7 @@ class Run:
         Raises:
             LlmperfError: If that build, as it was recorded, cannot be started here.
         """
-        config, tool = case.config, case.tool
-        key = config.name, config.gpu, tool
+        key = _key(case.config, case.tool)
         if key not in self._rematches:
             if self._recorded is None:
                 try:
@@ -408,7 +416,7 @@ class Run:
             if isinstance(self._recorded, LlmperfError):
                 raise self._recorded
             self._check_as_recorded(self._recorded, case)
-            self._rematches[key] = self._campaign(config, tool, self._recorded)
+            self._rematches[key] = self._campaign(case.config, case.tool, self._recorded)
         return self._rematches[key]
 
     def _recorded_build(self) -> Build:
@@ -550,6 +558,13 @@ class Run:
         given = [("--llmperf-build", self.settings.build), ("--baseline", self.settings.baseline)]
         return " ".join(f"{name}={shlex.quote(value)}" for name, value in given if value)
 
+    def _check_options(self, case: Case) -> None:
+        """Tell what a server's builds lack before anything waits for another run to end."""
+        if case.tool != BENCH and case.corpus_pass is None:
+            for build in (self.new, self.base):
+                if build is not None:
+                    check_options(build, case.config)
+
     def _lease_for(self, case: Case) -> None:
         """Take what a case needs of the machine, for all tests of its config one after the other.
 
@@ -637,7 +652,10 @@ class Run:
             gpu=_gpu_use(launches),
         )
 
-    def _stored_side(self) -> Side | None:
+    def _base_side(self, launches: Sequence[Launch]) -> Side | None:
+        """Return the baseline's side: a build, or a record with what was started to settle it."""
+        if self.base is not None:
+            return self._side(self.base, launches)
         if not isinstance(self.comparison, Stored):
             return None
         block = self.comparison.baseline.build
@@ -647,7 +665,11 @@ class Run:
             f"{self.comparison.label} ({number}, commit {block.get('commit') or 'unknown'}, "
             f"{block.get('source')}; {made.get('by')} {made.get('at')}, {self.comparison.path})"
         )
-        return Side(label=self.comparison.label, about=about)
+        side = Side(label=self.comparison.label, about=about)
+        if not launches or not isinstance(self._recorded, Build):
+            return side
+        started = self._side(self._recorded, launches)
+        return replace(side, command=started.command, logs=started.logs, gpu=started.gpu)
 
     def _result(
         self,
@@ -661,11 +683,9 @@ class Run:
         pairs = [campaign.block(index) for index in range(blocks)]
         launches = [campaign.launch(index) for index in range(alone)]
         new = [pair.new for pair in pairs] + launches
-        base: Side | None = None
-        if self.base is not None:
-            base = self._side(self.base, [pair.base for pair in pairs])
-        else:
-            base = self._stored_side()
+        rematch = self._rematches.get(_key(case.config, case.tool))
+        again = [rematch.block(index) for index in range(rematch.measured[0])] if rematch else []
+        base = self._base_side([pair.base for pair in (*pairs, *again)])
         failure = failure_in(verdicts)
         fingerprint: Fingerprint = {}
         if new or failure is not None:
@@ -675,7 +695,7 @@ class Run:
         return Result(
             nodeid=nodeid,
             case=case.key,
-            new=self._side(self.new, new),
+            new=self._side(self.new, [*new, *(pair.new for pair in again)]),
             base=base,
             machine=self.machine_key,
             verdicts=tuple(verdicts),
@@ -700,6 +720,11 @@ class Run:
         options = server_options(self.new, case.config)
         model = self.files(case.config).main
         return roofline(case, model, options, memory, decode, splits=splits[0])
+
+
+def _key(config: Config, tool: Tool) -> tuple[str, bool, Tool]:
+    """Return what campaigns are kept by: a test's mark may make a config one of a GPU."""
+    return config.name, config.gpu, tool
 
 
 def _conditions(build: Build, case: Case) -> dict[str, str]:

@@ -283,6 +283,17 @@ def compose(
     return (*program, "--model", str(files.main), *arguments, *owned)
 
 
+def check_options(build: Build, config: Config) -> None:
+    """Refuse a config that a build's server has no options for, without starting it.
+
+    Raises:
+        BuildError: If it lacks one, or does not tell its options.
+    """
+    if build.url is None:
+        some = Path("model")
+        compose(build, config, ModelFiles(some, draft=some if config.draft else None), some)
+
+
 def _add_files(options: dict[str, OptionValue], files: ModelFiles, dialect: Dialect) -> None:
     for name, value in (("spec-draft-model", files.draft), ("mmproj", files.projector)):
         if value is not None:

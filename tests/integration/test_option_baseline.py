@@ -144,6 +144,9 @@ def test_machine_that_has_become_slower_is_no_regression(project: Project) -> No
     assert verdict["mode"] == "side-by-side"
     assert "waits for its confirmation" in verdict["evidence"]["stored"]["reason"]
     assert "against the recorded launches decode_tps is 9" in verdict["reason"]
+    assert len(result["new"]["logs"]) > 3, "those of the blocks as well"
+    assert result["base"]["logs"]
+    assert "--port" in result["base"]["command"]
 
 
 def test_stored_regression_stands_where_its_build_is_gone(project: Project) -> None:

@@ -1040,6 +1040,22 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> tuple[Gpu, ...]:
     return made
 
 
+def test_options_that_a_build_lacks_are_told_before_anything_is_waited_for(
+    project: Project,
+) -> None:
+    """No lease is taken for what cannot be started."""
+    project.faults("new", "older")
+    run = project.run(update=True)
+    case = case_of(run, "one")
+    case = replace(case, config=replace(case.config, options={"cache-ram": 64}))
+    run.prepare(case, {"kv_mib": None})
+    [verdict] = run.gate("memory", case, {"kv_mib": None}).verdicts
+    assert verdict.outcome is Outcome.ERROR
+    assert "has no option --cache-ram" in verdict.reason
+    assert held_locks(project) == set()
+    assert project.journal.starts() == []
+
+
 @pytest.mark.usefixtures("cards")
 def test_a_lease_lasts_until_the_config_is_left(project: Project) -> None:
     """All launches and servers of a config are on one card, however many tests it has."""

@@ -25,6 +25,7 @@ from pytest_llmperf.serve.failure import Before, Kills
 from pytest_llmperf.serve.launch import (
     ServePlan,
     Server,
+    check_options,
     compose,
     needs,
     server_environment,
@@ -115,6 +116,18 @@ def test_options_that_were_asked_for_are_never_left_out(
     name = next(iter(of_config or of_build))
     with pytest.raises(BuildError, match=f"config one: build b9000 has no option --{name}"):
         compose(build, config, ModelFiles(MODEL), KEY_FILE)
+
+
+def test_options_are_checked_without_a_start(journal: Journal) -> None:
+    """Nor a model: what a build lacks is known before anything waits for it."""
+    build = fake_build(journal, faults="older")
+    check_options(build, CONFIG)
+    with pytest.raises(BuildError, match="config one: build b9000 has no option --cache-ram"):
+        check_options(build, replace(CONFIG, options={"cache-ram": 64}))
+    with pytest.raises(BuildError, match="config one: build b9000 has no option --spec-draft-mod"):
+        check_options(build, replace(CONFIG, draft="small"))
+    assert journal.starts() == []
+    check_options(replace(build, url="http://127.0.0.1:1"), replace(CONFIG, options={"x": 1}))
 
 
 def test_the_environment_is_scrubbed(
