@@ -19,6 +19,7 @@ class Budget:
     seconds: float
     _deadline: float = field(init=False)
     _nested: int = field(init=False, default=0)
+    _closed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._deadline = time.monotonic() + self.seconds
@@ -26,11 +27,16 @@ class Budget:
     @property
     def spent(self) -> bool:
         """Whether nothing may be measured again."""
-        return time.monotonic() >= self._deadline
+        return self._closed or time.monotonic() >= self._deadline
 
-    def spend(self) -> None:
-        """Leave nothing of it."""
-        self._deadline = time.monotonic()
+    @property
+    def closed(self) -> bool:
+        """Whether nothing may be measured at all, not even what a verdict needs."""
+        return self._closed
+
+    def close(self) -> None:
+        """Leave nothing of it, and nothing beside it."""
+        self._closed = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:

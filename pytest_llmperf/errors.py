@@ -21,12 +21,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class LlmperfError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        build: Label of the build whose program failed, where one did.
+    """
+
+    build = ""
 
 
 class UserError(LlmperfError):
@@ -134,6 +141,20 @@ class UnmeasuredError(RunError):
 
 class CheckError(RunError):
     """An answer that is not a measurement: cached, too short, truncated or of another shape."""
+
+
+@contextmanager
+def blamed_on(build: str) -> Iterator[None]:
+    """Note the build whose program does the work, in what goes wrong with it.
+
+    Args:
+        build: Its label.
+    """
+    try:
+        yield
+    except LlmperfError as error:
+        error.build = build
+        raise
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

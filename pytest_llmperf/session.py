@@ -21,7 +21,7 @@ from pytest_llmperf.build.devices import devices_command, devices_of
 from pytest_llmperf.build.resolve import resolve
 from pytest_llmperf.build.spec import is_spec, parse_spec
 from pytest_llmperf.build.tools import BENCH
-from pytest_llmperf.campaign.base import Campaign
+from pytest_llmperf.campaign.base import Campaign, PairedLaunches
 from pytest_llmperf.campaign.bench import BenchCampaign
 from pytest_llmperf.campaign.servers import ServerCampaign
 from pytest_llmperf.errors import BuildError, LlmperfError, PlanError, nearest
@@ -142,6 +142,7 @@ class Run:
     _leased: bool = False
     _campaigns: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
     _rematches: dict[tuple[str, bool, Tool], Campaign] = field(default_factory=dict)
+    _lacking: dict[str, LlmperfError | None] = field(default_factory=dict)
     _passes: Passes | None = None
     _recorded: Build | LlmperfError | None = None
     _models: dict[str, Path] = field(default_factory=dict)
@@ -207,9 +208,10 @@ class Run:
                 nodeid,
                 case.key,
                 self._side(self.new, ()),
-                None,
+                self._base_side(()),
                 self.machine_key,
                 tuple(verdicts),
+                options=self._options,
             )
         budget = Budget(self.settings.budget) if budget is None else budget
 
@@ -224,6 +226,7 @@ class Run:
                 fingerprint=lambda launch: self.fingerprint(case, launch),
                 priors=self.priors,
                 rematch=lambda: self.rematch(case),
+                begun=lambda: self._rematches.get(_key(case.config, case.tool)),
             )
             return question.answer(self.comparison)
 
@@ -235,8 +238,9 @@ class Run:
         ]
         if failing:
             # It fails whatever the others say, and may be very slow: no more time is spent on it.
-            budget.spend()
-        verdicts = [*failing, *(judge(name, own) for name, own in asked.items())]
+            budget.close()
+        others = [judge(name, own) for name, own in asked.items()]
+        verdicts = [*failing, *(_unfinished(one, failing) for one in others)]
         return self._result(nodeid, case, campaign, verdicts, (*guards, *asked))
 
     def _gate_quality(self, nodeid: str, case: Case, asked: Mapping[str, float | None]) -> Result:
@@ -560,10 +564,20 @@ class Run:
 
     def _check_options(self, case: Case) -> None:
         """Tell what a server's builds lack before anything waits for another run to end."""
-        if case.tool != BENCH and case.corpus_pass is None:
-            for build in (self.new, self.base):
-                if build is not None:
-                    check_options(build, case.config)
+        if case.tool == BENCH or case.corpus_pass is not None:
+            return
+        name = case.config.name
+        if name not in self._lacking:
+            self._lacking[name] = None
+            try:
+                for build in (self.new, self.base):
+                    if build is not None:
+                        check_options(build, case.config)
+            except LlmperfError as error:
+                # A program that hangs is not asked again for every test.
+                self._lacking[name] = error
+        if (lacking := self._lacking[name]) is not None:
+            raise lacking
 
     def _lease_for(self, case: Case) -> None:
         """Take what a case needs of the machine, for all tests of its config one after the other.
@@ -669,7 +683,8 @@ class Run:
         if not launches or not isinstance(self._recorded, Build):
             return side
         started = self._side(self._recorded, launches)
-        return replace(side, command=started.command, logs=started.logs, gpu=started.gpu)
+        about = f"{about}; started today to settle what the record leaves open"
+        return replace(started, label=side.label, about=about, build=side.build)
 
     def _result(
         self,
@@ -684,7 +699,9 @@ class Run:
         launches = [campaign.launch(index) for index in range(alone)]
         new = [pair.new for pair in pairs] + launches
         rematch = self._rematches.get(_key(case.config, case.tool))
-        again = [rematch.block(index) for index in range(rematch.measured[0])] if rematch else []
+        again: list[PairedLaunches] = []
+        if rematch is not None and any("stored" in verdict.evidence for verdict in verdicts):
+            again = [rematch.block(index) for index in range(rematch.measured[0])]
         base = self._base_side([pair.base for pair in (*pairs, *again)])
         failure = failure_in(verdicts)
         fingerprint: Fingerprint = {}
@@ -701,8 +718,10 @@ class Run:
             verdicts=tuple(verdicts),
             fingerprint=fingerprint,
             options=self._options,
-            measured=_measured(case, new, [METRICS[name] for name in metrics]),
-            partial=_partial(campaign, case),
+            measured=_measured(
+                case, [*new, *(pair.new for pair in again)], [METRICS[name] for name in metrics]
+            ),
+            partial=_partial(campaign, case) or (_partial(rematch, case) if rematch else {}),
             roofline=self._roofline(case, verdicts, new),
         )
 
@@ -720,6 +739,14 @@ class Run:
         options = server_options(self.new, case.config)
         model = self.files(case.config).main
         return roofline(case, model, options, memory, decode, splits=splits[0])
+
+
+def _unfinished(verdict: Verdict, failing: Sequence[Verdict]) -> Verdict:
+    """Return what is left open because others fail anyway, saying so."""
+    if not failing or verdict.outcome is not Outcome.INCONCLUSIVE:
+        return verdict
+    why = f"{verdict.metric} was not measured until it is clear: {failing[0].metric} fails"
+    return replace(verdict, reason=why)
 
 
 def _key(config: Config, tool: Tool) -> tuple[str, bool, Tool]:

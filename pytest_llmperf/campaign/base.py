@@ -175,6 +175,10 @@ class Campaign(ABC):
             )
         return self._apart[base]
 
+    def blames(self, error: LlmperfError) -> bool:
+        """Return whether it is the build under test that failed."""
+        return error.build == self.new.label
+
     @property
     def endpoint(self) -> bool:
         """Whether a side is a running server, so that its launches are one start in truth."""

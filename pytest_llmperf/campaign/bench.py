@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches, wandering
+from pytest_llmperf.errors import blamed_on
 from pytest_llmperf.measure.bench import BenchPlan, run_bench
 from pytest_llmperf.measure.launch import Launch
 
@@ -31,6 +32,10 @@ class BenchCampaign(Campaign):
         return self._run_apart(base, self.new, what)
 
     def _run_alone(self, build: Build, what: str) -> Launch:
+        with blamed_on(build.label):
+            return self._run(build, what)
+
+    def _run(self, build: Build, what: str) -> Launch:
         workloads = self._live()
         self._say(f"{what}: {build.label} by llama-bench")
         watch = self._watch()
@@ -44,5 +49,7 @@ class BenchCampaign(Campaign):
             on_gpu.end((), build.label, check=False)
             raise
         on_gpu.end((), f"llama-bench of {build.label} for config {self.config.name}")
+        for error in done.failures.values():
+            error.build = build.label
         self.failures |= done.failures
         return launch

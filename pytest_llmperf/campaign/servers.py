@@ -9,7 +9,7 @@ from functools import partial
 
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches, Partial, wandering
-from pytest_llmperf.errors import OutOfMemoryError, RunError, TooSlowError
+from pytest_llmperf.errors import OutOfMemoryError, RunError, TooSlowError, blamed_on
 from pytest_llmperf.measure.launch import Launch, Session, text_tokens
 from pytest_llmperf.measure.on_gpu import OnGpu
 from pytest_llmperf.plan.config import LAUNCH, Workload
@@ -53,7 +53,7 @@ class ServerCampaign(Campaign):
 
     def _open(self, build: Build, what: str, instead: OnGpu | None = None) -> Session:
         self._say(f"{what}: starting {build.label}")
-        with ExitStack() as undo:
+        with blamed_on(build.label), ExitStack() as undo:
             # From before the start: what it takes to load may be the most that it ever takes.
             on_gpu = self._on_gpu(build, instead)
             undo.callback(on_gpu.end, (), build.label, check=False)
@@ -87,6 +87,7 @@ class ServerCampaign(Campaign):
         try:
             work()
         except RunError as error:
+            error.build = session.server.build.label
             self.failures[workload.name] = error
             self.partial[workload.name] = Partial(
                 build=session.server.build.label,

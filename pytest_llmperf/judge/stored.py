@@ -20,8 +20,8 @@ values of launches independent and normal with one variance, recorded and new.
   P(false REGRESSION) <= min(``screen_alpha``, ``confirm_alpha``): 0.005 for ``stored_plan``.
 - *PASS* of a build that is slower by the tolerance or more: ``pass_alpha`` at most.
 
-None of this covers a machine that was faster on the day of the record. A gate therefore confirms a
-REGRESSION side by side where it can start the baseline's build.
+None of this covers a machine that was faster on the day of the record. A gate therefore lets blocks
+decide what the first look suspects or leaves open, where it can start the baseline's build.
 """
 
 from __future__ import annotations

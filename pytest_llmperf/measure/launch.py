@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pytest_llmperf.errors import CheckError
+from pytest_llmperf.errors import CheckError, blamed_on
 from pytest_llmperf.measure.asking import Askings
 from pytest_llmperf.measure.logfacts import LogFacts, read_log
 from pytest_llmperf.measure.on_gpu import OnGpu, fell_back
@@ -221,7 +221,8 @@ class Session:
         try:
             self.stop()
         finally:
-            self.on_gpu.end(self._pids, name, check=check, alone=alone)
+            with blamed_on(launch.build):
+                self.on_gpu.end(self._pids, name, check=check, alone=alone)
 
     def context(self) -> int:
         """Return the context of one slot in tokens, 0 if the server does not say."""

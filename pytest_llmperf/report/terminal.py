@@ -21,6 +21,7 @@ from pytest_llmperf.report.wording import (
     partial_told,
     rows,
     run_bound,
+    settled_told,
     since_oldest,
 )
 
@@ -125,6 +126,8 @@ def _closing(reporter: pytest.TerminalReporter, results: Sequence[Result], *, st
             f"chance of a false REGRESSION in this run: {100 * bound:.2g} % at most, the sum over "
             "its verdicts, each judged by itself"
         )
+    for text, warning in settled_told(results):
+        reporter.write_line(plain(text), yellow=warning)
     for text, drifted in since_oldest(results):
         reporter.write_line(text, yellow=drifted)
     for result in results:

@@ -77,6 +77,32 @@ def since_oldest(results: Sequence[Result]) -> list[tuple[str, bool]]:
     return lines
 
 
+def settled_told(results: Sequence[Result]) -> list[tuple[str, bool]]:
+    """Return lines on verdicts that blocks of today settled, and whether one is a warning.
+
+    Their figures are today's, whatever the record says.
+    """
+    found = [
+        (f"{result.case} {verdict.metric}", verdict)
+        for result in results
+        for verdict in result.verdicts
+        if "stored" in verdict.evidence
+    ]
+    if not found:
+        return []
+    lines = [
+        (
+            "decided by blocks of both builds, since the record left them open: "
+            + ", ".join(name for name, _ in found),
+            False,
+        )
+    ]
+    for name, verdict in found:
+        if verdict.evidence.get("suspected") and not verdict.outcome.fails(strict=True):
+            lines.append((f"warning: {name}: {verdict.reason}", True))
+    return lines
+
+
 def folded(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, list[str]]]:
     """Return verdicts with the metrics that each stands for, in their order.
 

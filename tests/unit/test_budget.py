@@ -52,9 +52,12 @@ def test_what_has_to_be_measured_is_free(clock: list[float]) -> None:
     assert budget.spent
 
 
-def test_it_can_be_given_up(clock: list[float]) -> None:
-    """Nothing of it is left then."""
-    assert clock
+def test_it_can_be_closed(clock: list[float]) -> None:
+    """Nothing of it is left then, whatever is paused."""
     budget = Budget(5.0)
-    budget.spend()
+    assert not budget.closed
+    budget.close()
+    with budget.paused():
+        clock[0] += 100.0
+    assert budget.closed
     assert budget.spent

@@ -100,6 +100,10 @@ class Canned:
     each: tuple[Canned, Canned] | None = None
     """The baseline's build and the one under test, by themselves."""
 
+    def blames(self, error: LlmperfError) -> bool:
+        """Return whether the build under test failed."""
+        return error.build == "b2"
+
     def alone(self, *, base: bool) -> Canned:
         """Return a campaign of one of the builds by itself."""
         assert self.each is not None
@@ -150,6 +154,7 @@ def ask(
 ) -> Verdict:
     """Ask about the canned metric, with its own tolerance."""
     metric = METRICS[canned.metric]
+    begun = cast("Campaign", rematch) if rematch is not None and rematch.blocks else None
 
     def again() -> Campaign:
         if rematch is None:
@@ -166,6 +171,7 @@ def ask(
         fingerprint=lambda _launch: FINGERPRINT if fingerprint is None else fingerprint,
         priors=priors,
         rematch=again,
+        begun=lambda: begun,
     ).answer(comparison)
 
 
@@ -284,6 +290,96 @@ def test_an_open_verdict_starts_no_blocks_once_the_budget_is_spent(blocks: int, 
     today = Canned("decode_tps", around(95.3), blocks=blocks)
     verdict = ask(canned, SPEED, rematch=today, budget=-1.0)
     assert (verdict.mode, today.blocks) == (mode, blocks)
+
+
+@pytest.mark.parametrize("speed", [65.0, 80.0, 85.0])
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_suspicion_is_settled_whatever_the_budget(
+    speed: float,
+    at_hand: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    """A gate that can start both builds finds no less than one that cannot."""
+    today = Canned("decode_tps", around(speed)) if at_hand else None
+    verdict = ask(Canned("decode_tps", around(speed)), SPEED, rematch=today, budget=-1.0)
+    assert verdict.outcome is Outcome.REGRESSION
+    assert verdict.mode == ("side-by-side" if at_hand else "stored")
+
+
+def test_blocks_in_which_the_build_under_test_fails_are_no_pass() -> None:
+    """It crashed when it was measured: that other launches worked does not mend it."""
+    error = ServerError("b2 crashed")
+    error.build = "b2"
+    canned = Canned("decode_tps", then(around(95.3, spread=0.02), 3, around(99.0)))
+    verdict = ask(canned, SPEED, rematch=Canned("decode_tps", HUNDRED, error=error))
+    assert verdict.outcome is Outcome.ERROR
+    assert "b2 crashed" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("speed", "outcome"), [(95.3, Outcome.INCONCLUSIVE), (65.0, Outcome.REGRESSION)]
+)
+def test_disturbed_blocks_leave_it_to_the_launches(speed: float, outcome: Outcome) -> None:
+    """Those were measured in quiet; the reason names what disturbed the blocks."""
+    today = Canned("decode_tps", around(speed), disturbed="make kept 2 cores busy")
+    verdict = ask(Canned("decode_tps", around(speed, spread=0.02)), SPEED, rematch=today)
+    assert (verdict.outcome, verdict.mode) == (outcome, "stored")
+    assert "the blocks were disturbed: make kept 2 cores busy" in verdict.reason
+
+
+def test_a_spent_budget_does_not_install_the_baseline_s_build() -> None:
+    """Nor does installing it spend the budget."""
+    today = Canned("decode_tps", around(95.3))
+    asked: list[str] = []
+    question = open_question(today, asked, Budget(-1.0))
+    assert question.answer(SPEED).outcome is Outcome.INCONCLUSIVE
+    assert asked == []
+    budget = Budget(BUDGET)
+    open_question(today, asked, budget).answer(SPEED)
+    assert asked == ["paused"]
+
+
+def open_question(today: Canned, asked: list[str], budget: Budget) -> Question:
+    """A question on an open case that notes when the baseline's build is asked for."""
+
+    def rematch() -> Campaign:
+        asked.append("paused" if budget._nested else "running")
+        return cast("Campaign", today)
+
+    return Question(
+        campaign=cast("Campaign", Canned("decode_tps", around(95.3, spread=0.02))),
+        case=CASE,
+        metric=METRICS["decode_tps"],
+        tolerance=0.05,
+        budget=budget,
+        launches=3,
+        fingerprint=lambda _launch: FINGERPRINT,
+        priors=NO_PRIORS,
+        rematch=rematch,
+    )
+
+
+def test_a_closed_budget_measures_nothing_more() -> None:
+    """Where another metric fails anyway: what is there is judged, and no more."""
+    budget = Budget(BUDGET)
+    budget.close()
+    canned = Canned("decode_tps", around(65.0), launches=1)
+    today = Canned("decode_tps", around(65.0))
+    verdict = ask(canned, SPEED, rematch=today, budget=budget)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert (canned.launches, today.blocks) == (1, 0)
+
+
+def test_the_change_since_the_oldest_is_the_builds_where_blocks_settled_it() -> None:
+    """A machine that has become slower is no drift of the builds."""
+    old = stored({CASE.key: {"decode_tps": entry("decode_tps", around(110.0), 110.0)}})
+    both = replace(SPEED, oldest=("b0", old.baseline))
+    today = Canned("decode_tps", around(80.0), base=around(80.0))
+    verdict = ask(Canned("decode_tps", around(80.0)), both, rematch=today)
+    assert verdict.outcome is Outcome.PASS
+    assert verdict.new == pytest.approx(80.0, rel=0.01)
+    since = verdict.evidence["oldest"]
+    assert isinstance(since, dict)
+    assert since["change"] == pytest.approx(100 / 110 - 1, abs=0.005)
 
 
 def test_an_open_verdict_without_its_build_says_why_blocks_did_not_settle_it() -> None:

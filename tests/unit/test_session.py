@@ -23,6 +23,7 @@ from pytest_llmperf.beginning import (
     run_folder,
 )
 from pytest_llmperf.budget import Budget
+from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.devices import Device
 from pytest_llmperf.errors import (
     BaselineError,
@@ -1054,6 +1055,26 @@ def test_options_that_a_build_lacks_are_told_before_anything_is_waited_for(
     assert "has no option --cache-ram" in verdict.reason
     assert held_locks(project) == set()
     assert project.journal.starts() == []
+
+
+def test_a_build_is_asked_for_its_options_once_a_config(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs would be waited for in every test."""
+    asked: list[str] = []
+
+    def hangs(build: Build, config: Config) -> None:
+        asked.append(f"{build.label} {config.name}")
+        raise BuildError("`--help` did not end within 120 s")
+
+    monkeypatch.setattr("pytest_llmperf.session.check_options", hangs)
+    run = project.run(baseline="fork")
+    for _ in range(2):
+        run.prepare(case_of(run, "one"), {"kv_mib": None})
+        result = run.gate("memory", case_of(run, "one"), {"kv_mib": None})
+        assert "did not end within 120 s" in result.verdicts[0].reason
+        assert result.base is not None, "the failure names both builds"
+    assert len(asked) == 1
 
 
 @pytest.mark.usefixtures("cards")

@@ -28,6 +28,7 @@ from pytest_llmperf.report.wording import (
     row,
     rows,
     run_bound,
+    settled_told,
     since_oldest,
 )
 
@@ -304,6 +305,31 @@ def test_a_drift_since_the_oldest_baseline_is_told(result: Result, verdict: Verd
         "with -12.0 %)"
     )
     assert "-1.0 %" in steady
+
+
+def test_what_blocks_settled_is_named(result: Result, verdict: Verdict) -> None:
+    """Its figures are not the record's; that the machine is slower than then is a warning."""
+    assert settled_told([result]) == []
+    open_, slow = (
+        replace(
+            verdict,
+            metric=metric,
+            outcome=Outcome.PASS,
+            reason=f"{metric} is equal; the machine is slower",
+            evidence={"stored": {}, "suspected": suspected},
+        )
+        for metric, suspected in (("decode_tps", False), ("ttft_ms", True))
+    )
+    bad = replace(slow, metric="itl_ms", outcome=Outcome.REGRESSION)
+    (told, plainly), (machine, warning) = settled_told(
+        [replace(result, verdicts=(verdict, open_, slow, bad))]
+    )
+    assert told == (
+        "decided by blocks of both builds, since the record left them open: c7/short decode_tps, "
+        "c7/short ttft_ms, c7/short itl_ms"
+    )
+    assert machine == "warning: c7/short ttft_ms: ttft_ms is equal; the machine is slower"
+    assert (plainly, warning) == (False, True)
 
 
 PARTIAL = {
