@@ -113,6 +113,7 @@ def test_a_workload_that_fails_is_not_tried_again(lab: Lab) -> None:
     campaign = lab.campaign(new="dies@100")
     pair = campaign.block(0)
     assert campaign.failures.keys() == {"d100"}
+    assert campaign.blames(campaign.failures["d100"])
     assert pair.new.samples.keys() == {"d0"}
     before = lab.starts("new")
     pair = campaign.block(1)
@@ -137,6 +138,7 @@ def test_a_model_that_does_not_load_fails_all(lab: Lab) -> None:
     with pytest.raises(ToolError, match="failed to load model"):
         campaign.launch(0)
     assert campaign.failures.keys() == {LAUNCH}
+    assert campaign.blames(campaign.failures[LAUNCH])
 
 
 def test_a_disturbed_launch_is_measured_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,6 +305,19 @@ def test_a_server_that_fails_the_probe_is_stopped(lab: Lab) -> None:
     assert lab.all_gone()
 
 
+@pytest.mark.parametrize("failing", ["new", "base"])
+@pytest.mark.parametrize("fault", ["http500", "crash#40"])
+def test_a_failure_names_its_build(lab: Lab, failing: str, fault: str) -> None:
+    """In a block of two it shows which of them is not to be trusted, at its start and later."""
+    faults = {"new": "", "base": "", failing: fault}
+    campaign = lab.campaign(new=faults["new"], base=faults["base"])
+    with suppress(ServerError):
+        campaign.block(0)
+    [error] = campaign.failures.values()
+    assert campaign.blames(error) is (failing == "new")
+    assert error.build == f"b{NEW if failing == 'new' else BASE}"
+
+
 def test_ctrl_c_stops_the_servers(lab: Lab) -> None:
     """An interruption in the middle of a block leaves no server, and fails nothing for good."""
 
