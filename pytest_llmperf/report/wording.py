@@ -92,7 +92,7 @@ def settled_told(results: Sequence[Result]) -> list[tuple[str, bool]]:
         return []
     lines = [
         (
-            "decided by blocks of both builds, since the record left them open: "
+            "judged by blocks of both builds, since the record left them open: "
             + ", ".join(name for name, _ in found),
             False,
         )

@@ -144,7 +144,7 @@ def test_machine_that_has_become_slower_is_no_regression(project: Project) -> No
     assert verdict["mode"] == "side-by-side"
     assert "waits for its confirmation" in verdict["evidence"]["stored"]["reason"]
     assert "against the recorded launches decode_tps is 9" in verdict["reason"]
-    assert "decided by blocks of both builds" in done.text
+    assert "judged by blocks of both builds" in done.text
     assert len(result["new"]["logs"]) > 3, "those of the blocks as well"
     assert "started today to settle" in result["base"]["about"]
     assert result["base"]["logs"]

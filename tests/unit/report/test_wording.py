@@ -325,7 +325,7 @@ def test_what_blocks_settled_is_named(result: Result, verdict: Verdict) -> None:
         [replace(result, verdicts=(verdict, open_, slow, bad))]
     )
     assert told == (
-        "decided by blocks of both builds, since the record left them open: c7/short decode_tps, "
+        "judged by blocks of both builds, since the record left them open: c7/short decode_tps, "
         "c7/short ttft_ms, c7/short itl_ms"
     )
     assert machine == "warning: c7/short ttft_ms: ttft_ms is equal; the machine is slower"
