@@ -620,7 +620,7 @@ def since(  # noqa: PLR0917 - a verdict, and what it is compared with
 def suspected(verdict: Verdict) -> bool:
     """Return whether the last look behind a verdict showed a slowdown beyond the tolerance."""
     looks = verdict.evidence.get("looks")
-    return isinstance(looks, list) and looks[-1]["claim"] == "slower"
+    return isinstance(looks, list) and bool(looks) and looks[-1]["claim"] == "slower"
 
 
 def unsettled(verdict: Verdict, why: str) -> Verdict:
