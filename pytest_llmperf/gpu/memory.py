@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -65,15 +65,6 @@ def free_mib() -> dict[int, float]:
     """Return the free memory of each visible GPU in MiB, by index; only of those that tell it."""
     told = {card.index: _info(handle(card.uuid)) for card in gpus()}
     return {index: memory.free / _MIB for index, memory in told.items() if memory is not None}
-
-
-def used_mib(cards: Iterable[Gpu]) -> dict[str, float]:
-    """Return MiB in use by anybody, by UUID, without what the driver keeps for itself.
-
-    Only GPUs that tell it. Drivers before 510 count their own part in.
-    """
-    told = {card.uuid: read_used(handle(card.uuid)) for card in cards}
-    return {uuid: used for uuid, used in told.items() if used is not None}
 
 
 def holders() -> list[Held]:

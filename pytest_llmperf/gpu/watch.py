@@ -305,14 +305,6 @@ class GpuWatch:
             sums = [_sum(held, pids) for held in self._held]
         return max((one for one in sums if one is not None), default=None)
 
-    def now_mib(self, pids: Collection[int]) -> float | None:
-        """Return what the processes hold, MiB, or held at the end; None if untold.
-
-        As of the last sample, a tenth of a second ago or less.
-        """
-        with self._lock:
-            return _sum(self._held[-1], pids) if self._held else None
-
     def grown_mib(self) -> float:
         """Return what more is in use than at the start, by anybody, MiB; never below 0.
 

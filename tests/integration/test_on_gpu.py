@@ -15,7 +15,8 @@ import pytest
 from support.project import Project
 
 from pytest_llmperf.gpu.cards import gpus
-from pytest_llmperf.gpu.memory import used_mib
+from pytest_llmperf.gpu.memory import read_used
+from pytest_llmperf.gpu.nvml import handle
 
 BUILD = os.environ.get("LLMPERF_TEST_GPU_BUILD", "")
 pytestmark = [
@@ -93,6 +94,11 @@ def entry(project: Project, key: str) -> dict[str, float]:
     return {name: one["value"] for name, one in found.items()}
 
 
+def used() -> list[float]:
+    """Return MiB in use on each GPU by anybody."""
+    return [read_used(handle(card.uuid)) or 0.0 for card in gpus()]
+
+
 def test_what_a_gpu_does_is_recorded(gpu_project: Project) -> None:
     """Memory now and at its most, energy, layers; clocks, power and limits beside the result."""
     done = gpu_project.run("-k", "card", f"--llmperf-build={BUILD}", "--update-baselines")
@@ -115,10 +121,10 @@ def test_what_a_gpu_does_is_recorded(gpu_project: Project) -> None:
 
 def test_memory_is_free_once_a_run_has_ended(gpu_project: Project) -> None:
     """Each server waits for the one before it to let go, and the last one leaves nothing."""
-    before = used_mib(gpus())
+    before = used()
     done = gpu_project.run("-k", "card", f"--llmperf-build={BUILD}", "--update-baselines")
     assert done.code == 0, done.text
-    assert all(used_mib(gpus())[uuid] - mib < 64 for uuid, mib in before.items())
+    assert all(now - mib < 64 for now, mib in zip(used(), before, strict=True))
 
 
 def test_fewer_layers_fail_by_name(gpu_project: Project) -> None:
@@ -180,7 +186,7 @@ def test_a_shared_gpu_makes_no_verdict(gpu_project: Project) -> None:
 
 def test_a_killed_run_leaves_its_gpu(gpu_project: Project) -> None:
     """By SIGKILL: its server ends, its memory is free, and its lease is to be had."""
-    before = used_mib(gpus())
+    before = used()
     command = [sys.executable, "-m", "pytest", "-k", "decode", f"--llmperf-build={BUILD}"]
     with subprocess.Popen(
         [*command, "--update-baselines"],
@@ -194,7 +200,7 @@ def test_a_killed_run_leaves_its_gpu(gpu_project: Project) -> None:
         run.send_signal(signal.SIGKILL)
     done = gpu_project.run("-k", "card", f"--llmperf-build={BUILD}", "--update-baselines")
     assert done.code == 0, done.text
-    assert all(used_mib(gpus())[uuid] - mib < 64 for uuid, mib in before.items())
+    assert all(now - mib < 64 for now, mib in zip(used(), before, strict=True))
 
 
 def _servers(pid: int) -> list[psutil.Process]:

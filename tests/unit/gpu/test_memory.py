@@ -9,7 +9,8 @@ import pytest
 from support.nvml import Card, Driver, Task
 
 from pytest_llmperf.gpu.cards import Gpu, gpus
-from pytest_llmperf.gpu.memory import Held, Release, free_mib, holders, used_mib, vram_mib
+from pytest_llmperf.gpu.memory import Held, Release, free_mib, holders, read_used, vram_mib
+from pytest_llmperf.gpu.nvml import handle
 
 Pretend = Callable[..., Driver]
 OURS = [7, 8]
@@ -64,19 +65,19 @@ def test_free_memory_is_that_of_visible_gpus(
 def test_memory_in_use_is_without_the_drivers_own(
     pretend: Pretend, *, newest: bool, used: float
 ) -> None:
-    """By UUID; older drivers count their own in."""
+    """None where it is untold; older drivers count their own in."""
     pretend(Card("GPU-1", used=300, reserved=100), Card("GPU-2", total=None), newest=newest)
-    assert used_mib(gpus()) == {"GPU-1": used}
+    assert [read_used(handle(card.uuid)) for card in gpus()] == [used, None]
 
 
 def test_gpus_that_went_away_tell_nothing(pretend: Pretend) -> None:
     """They were found before; that is no error."""
     driver = pretend(Card(tasks=[Task(7, 100)]))
-    cards = gpus()
+    assert gpus()
     driver.cards[0].lost = 15
-    assert (vram_mib([7]), free_mib(), used_mib(cards), holders()) == ({}, {}, {}, [])
+    assert (vram_mib([7]), free_mib(), holders()) == ({}, {}, [])
     driver.cards.clear()
-    assert (vram_mib([7]), free_mib(), used_mib(cards), holders()) == ({}, {}, {}, [])
+    assert (vram_mib([7]), free_mib(), holders()) == ({}, {}, [])
 
 
 def test_memory_that_is_free_at_once_is_released(pretend: Pretend) -> None:

@@ -83,7 +83,6 @@ def test_without_gpus_or_nvml_nothing_is_seen(pretend: Pretend) -> None:
             assert watch._thread is None
             assert watch.uses() == ()
             assert watch.peak_mib([1]) is None
-            assert watch.now_mib([1]) is None
             assert (watch.grown_mib(), watch.grown_peak_mib()) == (0.0, 0.0)
     assert energy_j([made_up]) is None
 
@@ -339,8 +338,6 @@ def test_the_peak_is_of_one_time_over_all_gpus(pretend: Pretend, step: Step) -> 
     assert seen.watch.peak_mib([1, 2]) == 360
     assert seen.watch.peak_mib([1]) == 350
     assert seen.watch.peak_mib([4]) is None
-    assert seen.watch.now_mib([1, 2]) == 20
-    assert seen.watch.now_mib([1]) is None
     # What did not change is kept once.
     assert len(seen.watch._held) == 3
 
@@ -473,7 +470,7 @@ def test_a_thread_samples_until_it_is_stopped(pretend: Pretend) -> None:
         assert watch.grown_mib() == 300
         card.hold(Task(OURS, 400))
     watch.stop()
-    assert watch.now_mib([OURS]) == 400
+    assert watch.peak_mib([OURS]) == 400
     assert watch.grown_mib() == 400
     assert watch._thread is not None
     assert not watch._thread.is_alive()
