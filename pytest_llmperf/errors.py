@@ -30,10 +30,11 @@ class LlmperfError(Exception):
     """Base of every error this package raises on purpose.
 
     Attributes:
-        build: Label of the build whose program failed, where one did.
+        build: Identity of the build whose program failed, where one did, else None. Two builds of
+            one number have one label, so it is not that.
     """
 
-    build = ""
+    build: object = None
 
 
 class UserError(LlmperfError):
@@ -144,11 +145,11 @@ class CheckError(RunError):
 
 
 @contextmanager
-def blamed_on(build: str) -> Iterator[None]:
+def blamed_on(build: object) -> Iterator[None]:
     """Note the build whose program does the work, in what goes wrong with it.
 
     Args:
-        build: Its label.
+        build: Its identity.
     """
     try:
         yield

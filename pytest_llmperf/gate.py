@@ -15,6 +15,7 @@ from pytest_llmperf.errors import (
     CheckError,
     LlmperfError,
     OutOfMemoryError,
+    ServerError,
     TooSlowError,
     UnmeasuredError,
 )
@@ -386,7 +387,9 @@ class Question:
         while True:
             decision = decide(screen, confirm, last=last)
             if decision.wants is None:
-                return decision.verdict
+                verdict = decision.verdict
+                told = {**verdict.evidence, "cut_short": True}
+                return replace(verdict, evidence=told) if last and self.budget.closed else verdict
             taken = len(screen) + len(confirm)
             must = not self.budget.closed and (
                 taken < max(plan.first_screen, owed)
@@ -408,6 +411,7 @@ class Question:
                 # Measured all the same: a build that cannot run this case must not pass it.
                 self._launches(0, 1)
             return missing_from(stored, case, metric)
+        self._check_begun()
         first = self._launches(0, 1)
         if known.launches is None:
             taken = first + self._launches(1, self.launches)
@@ -507,11 +511,33 @@ class Question:
             owed = _OWED_BLOCKS if suspicion else 1
             return settled(first, self._side_by_side(rematch, owed))
         except _DisturbedError as error:
-            return unsettled(against_record(), f"the blocks were disturbed: {error}")
+            return unsettled(against_record(), f"the blocks were disturbed: {error}", begun=True)
         except LlmperfError as error:
-            if rematch is not None and rematch.blames(error):
-                raise
-            return unsettled(against_record(), str(error))
+            if rematch is None:
+                return unsettled(against_record(), str(error), begun=False)
+            self._check_blame(rematch, error)
+            return unsettled(against_record(), f"the blocks failed: {error}", begun=True)
+
+    def _check_blame(self, rematch: Campaign, error: LlmperfError) -> None:
+        """Raise what went wrong in blocks, if it is the build under test that it is wrong with.
+
+        A crash is its own, whoever ran beside it. What else fails beside another server, such as
+        memory that does not suffice for two, has to fail alone as well.
+        """
+        if not rematch.blames(error):
+            return
+        if isinstance(error, ServerError) and error.kind == "crashed":
+            raise error
+        replace(self, campaign=rematch.alone(base=False)).samples(0)
+
+    def _check_begun(self) -> None:
+        """Raise a crash of the build under test in blocks that others asked for."""
+        rematch = self.begun()
+        name = LAUNCH if self.case.workload is None else self.case.workload.name
+        for error in [] if rematch is None else map(rematch.failures.get, (LAUNCH, name)):
+            crashed = isinstance(error, ServerError) and error.kind == "crashed"
+            if rematch is not None and error is not None and crashed and rematch.blames(error):
+                raise error
 
 
 def failure_of(error: LlmperfError) -> Failure:
@@ -623,13 +649,21 @@ def suspected(verdict: Verdict) -> bool:
     return isinstance(looks, list) and bool(looks) and looks[-1]["claim"] == "slower"
 
 
-def unsettled(verdict: Verdict, why: str) -> Verdict:
-    """Return a verdict against recorded launches that no blocks could settle, saying why."""
+def unsettled(verdict: Verdict, why: str, *, begun: bool) -> Verdict:
+    """Return a verdict against recorded launches that no blocks could settle, saying why.
+
+    Args:
+        verdict: The one by launches alone.
+        why: What kept blocks from it.
+        begun: Whether blocks were measured at all: then a verdict that passes says it too.
+    """
     if verdict.outcome is Outcome.REGRESSION:
         told = "Not confirmed side by side, so the machine itself may be slower than on the day of"
         told = f"{told} the record: {why}"
     elif verdict.outcome is Outcome.INCONCLUSIVE:
         told = f"Side by side would tell more, but {why}"
+    elif begun:
+        told = f"That is by launches alone: {why}"
     else:
         return verdict
     return replace(verdict, reason=f"{verdict.reason}. {told}")

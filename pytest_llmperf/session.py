@@ -683,7 +683,7 @@ class Run:
         if not launches or not isinstance(self._recorded, Build):
             return side
         started = self._side(self._recorded, launches)
-        about = f"{about}; started today to settle what the record leaves open"
+        about = f"{about}; started today to settle what the record leaves open or suspects"
         return replace(started, label=side.label, about=about, build=side.build)
 
     def _result(
@@ -700,7 +700,9 @@ class Run:
         new = [pair.new for pair in pairs] + launches
         rematch = self._rematches.get(_key(case.config, case.tool))
         again: list[PairedLaunches] = []
-        if rematch is not None and any("stored" in verdict.evidence for verdict in verdicts):
+        settled = any("stored" in verdict.evidence for verdict in verdicts)
+        own = LAUNCH if case.workload is None else case.workload.name
+        if rematch is not None and (settled or {LAUNCH, own} & rematch.failures.keys()):
             again = [rematch.block(index) for index in range(rematch.measured[0])]
         base = self._base_side([pair.base for pair in (*pairs, *again)])
         failure = failure_in(verdicts)
@@ -743,7 +745,7 @@ class Run:
 
 def _unfinished(verdict: Verdict, failing: Sequence[Verdict]) -> Verdict:
     """Return what is left open because others fail anyway, saying so."""
-    if not failing or verdict.outcome is not Outcome.INCONCLUSIVE:
+    if "cut_short" not in verdict.evidence or verdict.outcome is not Outcome.INCONCLUSIVE:
         return verdict
     why = f"{verdict.metric} was not measured until it is clear: {failing[0].metric} fails"
     return replace(verdict, reason=why)

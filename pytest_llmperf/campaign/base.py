@@ -176,8 +176,8 @@ class Campaign(ABC):
         return self._apart[base]
 
     def blames(self, error: LlmperfError) -> bool:
-        """Return whether it is the build under test that failed."""
-        return error.build == self.new.label
+        """Return whether it was a program of the build under test that failed."""
+        return error.build == self.new.identity
 
     @property
     def endpoint(self) -> bool:

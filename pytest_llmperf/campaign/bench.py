@@ -32,7 +32,7 @@ class BenchCampaign(Campaign):
         return self._run_apart(base, self.new, what)
 
     def _run_alone(self, build: Build, what: str) -> Launch:
-        with blamed_on(build.label):
+        with blamed_on(build.identity):
             return self._run(build, what)
 
     def _run(self, build: Build, what: str) -> Launch:
@@ -50,6 +50,6 @@ class BenchCampaign(Campaign):
             raise
         on_gpu.end((), f"llama-bench of {build.label} for config {self.config.name}")
         for error in done.failures.values():
-            error.build = build.label
+            error.build = build.identity
         self.failures |= done.failures
         return launch

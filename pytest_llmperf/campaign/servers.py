@@ -53,7 +53,7 @@ class ServerCampaign(Campaign):
 
     def _open(self, build: Build, what: str, instead: OnGpu | None = None) -> Session:
         self._say(f"{what}: starting {build.label}")
-        with blamed_on(build.label), ExitStack() as undo:
+        with blamed_on(build.identity), ExitStack() as undo:
             # From before the start: what it takes to load may be the most that it ever takes.
             on_gpu = self._on_gpu(build, instead)
             undo.callback(on_gpu.end, (), build.label, check=False)
@@ -87,7 +87,7 @@ class ServerCampaign(Campaign):
         try:
             work()
         except RunError as error:
-            error.build = session.server.build.label
+            error.build = session.server.build.identity
             self.failures[workload.name] = error
             self.partial[workload.name] = Partial(
                 build=session.server.build.label,

@@ -221,7 +221,7 @@ class Session:
         try:
             self.stop()
         finally:
-            with blamed_on(launch.build):
+            with blamed_on(self.server.build.identity):
                 self.on_gpu.end(self._pids, name, check=check, alone=alone)
 
     def context(self) -> int:

@@ -92,7 +92,7 @@ def settled_told(results: Sequence[Result]) -> list[tuple[str, bool]]:
         return []
     lines = [
         (
-            "judged by blocks of both builds, since the record left them open: "
+            "judged by blocks of both builds, since by the record they were open or suspected: "
             + ", ".join(name for name, _ in found),
             False,
         )

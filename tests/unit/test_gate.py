@@ -15,6 +15,7 @@ from pytest_llmperf.budget import Budget
 from pytest_llmperf.campaign.base import Campaign, PairedLaunches
 from pytest_llmperf.errors import (
     BuildError,
+    CheckError,
     LlmperfError,
     OutOfMemoryError,
     PlanError,
@@ -305,14 +306,42 @@ def test_a_suspicion_is_settled_whatever_the_budget(
     assert verdict.mode == ("side-by-side" if at_hand else "stored")
 
 
-def test_blocks_in_which_the_build_under_test_fails_are_no_pass() -> None:
-    """It crashed when it was measured: that other launches worked does not mend it."""
-    error = ServerError("b2 crashed")
+def of_b2(error: LlmperfError) -> LlmperfError:
+    """Return an error of the build under test."""
     error.build = "b2"
-    canned = Canned("decode_tps", then(around(95.3, spread=0.02), 3, around(99.0)))
-    verdict = ask(canned, SPEED, rematch=Canned("decode_tps", HUNDRED, error=error))
+    return error
+
+
+CRASH = of_b2(ServerError("b2 crashed", kind="crashed"))
+OPEN_THEN_FIT = then(around(100.0, spread=0.05), 3, around(103.0))
+
+
+def test_blocks_in_which_the_build_under_test_crashes_are_no_pass() -> None:
+    """That other launches worked does not mend it."""
+    canned = Canned("decode_tps", OPEN_THEN_FIT)
+    verdict = ask(canned, SPEED, rematch=Canned("decode_tps", HUNDRED, error=CRASH))
     assert verdict.outcome is Outcome.ERROR
     assert "b2 crashed" in verdict.reason
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_fails_beside_another_server_has_to_fail_alone_too(*, alone: bool) -> None:
+    """Two servers need more memory than one, and disturb each other: that is no build's fault."""
+    crowded = Canned("decode_tps", HUNDRED, error=of_b2(CheckError("a smaller context")))
+    same = crowded if alone else Canned("decode_tps", around(99.0))
+    crowded.each = (same, same)
+    verdict = ask(Canned("decode_tps", OPEN_THEN_FIT), SPEED, rematch=crowded)
+    assert verdict.outcome is (Outcome.ERROR if alone else Outcome.PASS)
+    if not alone:
+        assert "by launches alone: the blocks failed: a smaller context" in verdict.reason
+
+
+@pytest.mark.parametrize("name", [LAUNCH, "short", "other"])
+def test_a_crash_in_blocks_that_others_asked_for_counts(name: str) -> None:
+    """They ask all workloads of the config; that of the question, or the start, is its own."""
+    today = Canned("decode_tps", HUNDRED, blocks=1, failures={name: CRASH})
+    verdict = ask(Canned("decode_tps", HUNDRED), SPEED, rematch=today)
+    assert verdict.outcome is (Outcome.PASS if name == "other" else Outcome.ERROR)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +395,7 @@ def test_a_closed_budget_measures_nothing_more() -> None:
     today = Canned("decode_tps", around(65.0))
     verdict = ask(canned, SPEED, rematch=today, budget=budget)
     assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert verdict.evidence["cut_short"] is True
     assert (canned.launches, today.blocks) == (1, 0)
 
 

@@ -901,6 +901,7 @@ def test_fewer_layers_on_the_gpu_fail_every_case_by_name(
     assert (first.metric, first.outcome) == ("offloaded_layers", Outcome.REGRESSION)
     assert "offloaded_layers is 2 layers, 5 in the baseline" in first.reason
     assert second.metric == "decode_tps"
+    assert "was not measured until it is clear: offloaded_layers fails" in second.reason
     [campaign] = fewer._campaigns.values()
     assert campaign.measured[1] <= 3, "what cannot pass is not measured until it is clear"
 

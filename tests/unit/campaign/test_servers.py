@@ -315,7 +315,8 @@ def test_a_failure_names_its_build(lab: Lab, failing: str, fault: str) -> None:
         campaign.block(0)
     [error] = campaign.failures.values()
     assert campaign.blames(error) is (failing == "new")
-    assert error.build == f"b{NEW if failing == 'new' else BASE}"
+    assert campaign.base is not None
+    assert error.build == (campaign.new if failing == "new" else campaign.base).identity
 
 
 def test_ctrl_c_stops_the_servers(lab: Lab) -> None:

@@ -325,8 +325,8 @@ def test_what_blocks_settled_is_named(result: Result, verdict: Verdict) -> None:
         [replace(result, verdicts=(verdict, open_, slow, bad))]
     )
     assert told == (
-        "judged by blocks of both builds, since the record left them open: c7/short decode_tps, "
-        "c7/short ttft_ms, c7/short itl_ms"
+        "judged by blocks of both builds, since by the record they were open or suspected: "
+        "c7/short decode_tps, c7/short ttft_ms, c7/short itl_ms"
     )
     assert machine == "warning: c7/short ttft_ms: ttft_ms is equal; the machine is slower"
     assert (plainly, warning) == (False, True)
