@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, names that start with a tilde, and names of run folders."""
+"""Files replaced as a whole, names that start with a tilde, the cache folder, run folders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import platformdirs
+
+_NAME = "pytest-llmperf"
+
 
 def expanded(name: str) -> Path:
     """Return a path with ``~`` and ``~user`` replaced; where there is no such user, as it is.
@@ -17,6 +21,11 @@ def expanded(name: str) -> Path:
     ``Path.expanduser`` raises there, and not one of our errors.
     """
     return Path(os.path.expanduser(name))  # noqa: PTH111 - see above
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: ``LLMPERF_CACHE``, or the user's."""
+    return expanded(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_dir(_NAME))
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def samples_of(launch: Launch, case: Case, metric: Metric) -> list[float]:
     Raises:
         UnmeasuredError: If the launch has none; the text says why that may be.
     """
-    name = LAUNCH if metric.scope == "launch" or case.workload is None else case.workload.name
+    name = LAUNCH if metric.scope == "launch" else case.where
     if metric.scope == "request" and case.workload is None:
         raise UnmeasuredError(
             f"{metric.name} needs a workload: name some in the marker llmperf(workloads=[...])"
@@ -215,8 +215,7 @@ class Question:
     def _worked(self) -> bool:
         """Return whether any launch has samples of this case."""
         taken = [self.campaign.launch(index) for index in range(self.campaign.measured[1])]
-        name = LAUNCH if self.case.workload is None else self.case.workload.name
-        return any(launch.samples.get(name) for launch in taken)
+        return any(launch.samples.get(self.case.where) for launch in taken)
 
     def _one_by_one(self, error: LlmperfError) -> Verdict:
         """Judge builds of which one, or both, could not be measured side by side.
@@ -257,7 +256,7 @@ class Question:
 
     def _check_prompts(self, pair: PairedLaunches) -> None:
         """Refuse to compare builds that were not asked the same."""
-        name = self.case.workload.name if self.case.workload is not None else LAUNCH
+        name = self.case.where
         base, new = (one.digests.get(name) for one in (pair.base, pair.new))
         if base != new:
             raise CheckError(
@@ -334,7 +333,7 @@ class Question:
             change=verdict.change,
         )
 
-    def _side_by_side(self, campaign: Campaign, owed: int = 1) -> Verdict:
+    def _side_by_side(self, campaign: Campaign, owed: int = 0) -> Verdict:
         """Judge by blocks; so many of them are measured whatever the budget."""
         if self.metric.kind == "exact":
             with self.budget.paused():
@@ -367,7 +366,7 @@ class Question:
         unit: Callable[[int], U],
         measured: Callable[[], int],
         plan: Plan,
-        owed: int = 1,
+        owed: int = 0,
     ) -> Verdict:
         """Measure the units that the rule wants until it ends or the budget is spent.
 
@@ -455,7 +454,7 @@ class Question:
             return verdict
         # Blocks tell what the builds differ by. Today's own speed is the machine's as well.
         settled_at = known.value * (1 + (verdict.change or 0.0))
-        now = replace(verdict, new=settled_at) if "stored" in verdict.evidence else verdict
+        now = replace(verdict, new=settled_at) if verdict.settled else verdict
         told = since(now, *stored.oldest, case.key, fingerprint)
         return replace(verdict, evidence=told.evidence)
 
@@ -508,7 +507,7 @@ class Question:
                 # It may have to be installed first.
                 with self.budget.paused():
                     rematch = self.rematch()
-            owed = _OWED_BLOCKS if suspicion else 1
+            owed = _OWED_BLOCKS if suspicion else 0
             return settled(first, self._side_by_side(rematch, owed))
         except _DisturbedError as error:
             return unsettled(against_record(), f"the blocks were disturbed: {error}", begun=True)
@@ -526,18 +525,22 @@ class Question:
         """
         if not rematch.blames(error):
             return
-        if isinstance(error, ServerError) and error.kind == "crashed":
+        if _is_crash(error):
             raise error
         replace(self, campaign=rematch.alone(base=False)).samples(0)
 
     def _check_begun(self) -> None:
         """Raise a crash of the build under test in blocks that others asked for."""
-        rematch = self.begun()
-        name = LAUNCH if self.case.workload is None else self.case.workload.name
-        for error in [] if rematch is None else map(rematch.failures.get, (LAUNCH, name)):
-            crashed = isinstance(error, ServerError) and error.kind == "crashed"
-            if rematch is not None and error is not None and crashed and rematch.blames(error):
+        if (rematch := self.begun()) is None:
+            return
+        for name in (LAUNCH, self.case.where):
+            error = rematch.failures.get(name)
+            if error is not None and _is_crash(error) and rematch.blames(error):
                 raise error
+
+
+def _is_crash(error: LlmperfError) -> bool:
+    return isinstance(error, ServerError) and error.kind == "crashed"
 
 
 def failure_of(error: LlmperfError) -> Failure:
@@ -578,12 +581,11 @@ def no_launch() -> Launch:
 def to_block(pair: PairedLaunches, case: Case, metric: Metric) -> Block:
     """Return what a metric sees of a block."""
     base, new = samples_of(pair.base, case, metric), samples_of(pair.new, case, metric)
-    name = case.workload.name if case.workload else LAUNCH
     return Block(
         base=tuple(base),
         new=tuple(new),
         paired=pair.together and len(base) == len(new),
-        order=pair.orders.get(name, ""),
+        order=pair.orders.get(case.where, ""),
     )
 
 

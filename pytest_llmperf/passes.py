@@ -30,7 +30,6 @@ from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.tools import PERPLEXITY, tool_of
 from pytest_llmperf.errors import (
     BaselineError,
-    CheckError,
     LlmperfError,
     ModelError,
     RunError,
@@ -38,7 +37,7 @@ from pytest_llmperf.errors import (
 from pytest_llmperf.files import expanded
 from pytest_llmperf.leases import Leases
 from pytest_llmperf.measure.logfacts import read_log
-from pytest_llmperf.measure.on_gpu import OnGpu, fell_back
+from pytest_llmperf.measure.on_gpu import OnGpu, require_gpu
 from pytest_llmperf.metrics import FEWEST_CHUNKS
 from pytest_llmperf.models.locate import sha256
 from pytest_llmperf.plan.config import REFERENCE_SUFFIX, Case, Config, CorpusPass
@@ -55,7 +54,7 @@ from pytest_llmperf.quality.reference import (
 )
 from pytest_llmperf.quality.side import Side, Way, has_tool
 from pytest_llmperf.quality.values import Chunks, all_figures, base_values, chunk_values
-from pytest_llmperf.serve.launch import ServePlan, needs, server_options
+from pytest_llmperf.serve.launch import ServePlan, needs
 
 _T = TypeVar("_T")
 
@@ -459,7 +458,8 @@ class Passes:
             self._say(f"{config.name}: {build.label}: {text}")
 
         def check(log: Path) -> None:
-            _require_gpu(build, config, log)
+            facts = read_log(log.read_text("utf-8", errors="replace"))
+            require_gpu(build, config, facts, log)
 
         serve = replace(self.serve, progress=progress)
         return Side(build, config, model, self._way(one), serve, progress=progress, check=check)
@@ -542,19 +542,6 @@ def _passed(
         reference,
         found.model,
     )
-
-
-def _require_gpu(build: Build, config: Config, log: Path) -> None:
-    """Refuse a pass that was to use a GPU and computes on the CPU, where its log says so.
-
-    Raises:
-        CheckError: With what shows it.
-    """
-    facts = read_log(log.read_text("utf-8", errors="replace"))
-    if why := fell_back(config, server_options(build, config), facts):
-        raise CheckError(
-            f"config {config.name}: {build.label} fell back to the CPU: {why}; see {log}"
-        )
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -568,16 +568,18 @@ class Run:
             return
         name = case.config.name
         if name not in self._lacking:
-            self._lacking[name] = None
-            try:
-                for build in (self.new, self.base):
-                    if build is not None:
-                        check_options(build, case.config)
-            except LlmperfError as error:
-                # A program that hangs is not asked again for every test.
-                self._lacking[name] = error
+            # Kept, whatever it is: a program that hangs is not asked again for every test.
+            self._lacking[name] = self._look_for_options(case.config)
         if (lacking := self._lacking[name]) is not None:
             raise lacking
+
+    def _look_for_options(self, config: Config) -> LlmperfError | None:
+        try:
+            for build in filter(None, (self.new, self.base)):
+                check_options(build, config)
+        except LlmperfError as error:
+            return error
+        return None
 
     def _lease_for(self, case: Case) -> None:
         """Take what a case needs of the machine, for all tests of its config one after the other.
@@ -697,13 +699,12 @@ class Run:
         blocks, alone = campaign.measured
         pairs = [campaign.block(index) for index in range(blocks)]
         launches = [campaign.launch(index) for index in range(alone)]
-        new = [pair.new for pair in pairs] + launches
         rematch = self._rematches.get(_key(case.config, case.tool))
         again: list[PairedLaunches] = []
-        settled = any("stored" in verdict.evidence for verdict in verdicts)
-        own = LAUNCH if case.workload is None else case.workload.name
-        if rematch is not None and (settled or {LAUNCH, own} & rematch.failures.keys()):
+        settled = any(verdict.settled for verdict in verdicts)
+        if rematch is not None and (settled or {LAUNCH, case.where} & rematch.failures.keys()):
             again = [rematch.block(index) for index in range(rematch.measured[0])]
+        new = [*(pair.new for pair in pairs), *launches, *(pair.new for pair in again)]
         base = self._base_side([pair.base for pair in (*pairs, *again)])
         failure = failure_in(verdicts)
         fingerprint: Fingerprint = {}
@@ -714,15 +715,13 @@ class Run:
         return Result(
             nodeid=nodeid,
             case=case.key,
-            new=self._side(self.new, [*new, *(pair.new for pair in again)]),
+            new=self._side(self.new, new),
             base=base,
             machine=self.machine_key,
             verdicts=tuple(verdicts),
             fingerprint=fingerprint,
             options=self._options,
-            measured=_measured(
-                case, [*new, *(pair.new for pair in again)], [METRICS[name] for name in metrics]
-            ),
+            measured=_measured(case, new, [METRICS[name] for name in metrics]),
             partial=_partial(campaign, case) or (_partial(rematch, case) if rematch else {}),
             roofline=self._roofline(case, verdicts, new),
         )
@@ -819,7 +818,7 @@ def _guards(case: Case, asked: Collection[str]) -> tuple[str, ...]:
 
 def _partial(campaign: Campaign, case: Case) -> Mapping[str, object]:
     """Return what was answered of a workload that failed, as JSON values."""
-    name = LAUNCH if case.workload is None else case.workload.name
+    name = case.where
     if name not in campaign.failures or name not in campaign.partial:
         return {}
     return asdict(campaign.partial[name])
@@ -830,7 +829,7 @@ def _measured(
 ) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {}
     for metric in metrics:
-        name = case.key.partition("/")[2] if metric.scope == "request" else LAUNCH
+        name = case.where if metric.scope == "request" else LAUNCH
         values = [launch.samples.get(name, {}).get(metric.name) for launch in launches]
         if taken := [list(value) for value in values if value]:
             found[metric.name] = taken

@@ -85,9 +85,9 @@ class ServerCampaign(Campaign):
         launch = session.launch
         begun = session.begun.setdefault(workload.name, launch.requests)
         try:
-            work()
+            with blamed_on(session.server.build.identity):
+                work()
         except RunError as error:
-            error.build = session.server.build.identity
             self.failures[workload.name] = error
             self.partial[workload.name] = Partial(
                 build=session.server.build.label,

@@ -20,8 +20,9 @@ from pathlib import Path
 from statistics import median
 
 from pytest_llmperf.campaign.servers import ServerCampaign
-from pytest_llmperf.cli.subject import cache_folder, subject
+from pytest_llmperf.cli.subject import subject
 from pytest_llmperf.errors import PlanError
+from pytest_llmperf.files import cache_folder
 from pytest_llmperf.gate import to_block
 from pytest_llmperf.gpu.cards import all_gpus, gpus
 from pytest_llmperf.judge.calibration import (

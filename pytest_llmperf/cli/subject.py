@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from pytest_llmperf.build.build import Build
 from pytest_llmperf.build.resolve import default_spec, resolve
 from pytest_llmperf.build.spec import parse_spec
+from pytest_llmperf.files import cache_folder
 from pytest_llmperf.models.locate import files_of, locate
 from pytest_llmperf.plan.config import Case, Config, ModelFiles, Workload
 from pytest_llmperf.plan.suite import load_suite
@@ -40,11 +39,6 @@ class Subject:
     def workloads(self) -> list[Workload]:
         """The workloads."""
         return [case.workload for case in self.cases if case.workload is not None]
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: ``LLMPERF_CACHE``, or the user's."""
-    return Path(os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_path("pytest-llmperf"))
 
 
 def subject(

@@ -14,17 +14,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from pytest_llmperf.errors import BaselineError
-from pytest_llmperf.files import expanded, replacing
+from pytest_llmperf.files import cache_folder, replacing
 from pytest_llmperf.judge._schema import (
     Baseline,
     Failure,
@@ -161,8 +159,7 @@ def lock_path(path: Path) -> Path:
     It holds among the processes of one user on one host.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    cache = os.environ.get("LLMPERF_CACHE") or platformdirs.user_cache_dir("pytest-llmperf")
-    return expanded(cache) / "locks" / f"{name}.lock"
+    return cache_folder() / "locks" / f"{name}.lock"
 
 
 def update(

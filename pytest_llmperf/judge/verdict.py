@@ -97,6 +97,11 @@ class Verdict:
             object.__setattr__(self, "interval", (low, high))
         object.__setattr__(self, "evidence", _plain(self.evidence, "evidence"))
 
+    @property
+    def settled(self) -> bool:
+        """Whether blocks of today judged what a record left open or suspected."""
+        return "stored" in self.evidence
+
     def to_json(self) -> dict[str, object]:
         """The verdict as JSON values; ``from_json`` gives an equal verdict back."""
         data: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}

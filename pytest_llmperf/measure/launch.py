@@ -12,8 +12,8 @@ import psutil
 
 from pytest_llmperf.errors import CheckError, blamed_on
 from pytest_llmperf.measure.asking import Askings
-from pytest_llmperf.measure.logfacts import LogFacts, read_log
-from pytest_llmperf.measure.on_gpu import OnGpu, fell_back
+from pytest_llmperf.measure.logfacts import read_log
+from pytest_llmperf.measure.on_gpu import OnGpu, require_gpu
 from pytest_llmperf.measure.prompts import Request, Script
 from pytest_llmperf.models.text import text
 from pytest_llmperf.plan.config import LAUNCH, Turn, Workload
@@ -155,7 +155,7 @@ class Session:
                 launch.vram_by = "log"
             if held := sum((launch.vram or facts.gpu_mib).values()):
                 samples["vram_mib"] = [held]
-            self._require_gpu(facts)
+            require_gpu(self.server.build, self.server.config, facts, self.server.log)
         elif self.server.build.api == "ollama":
             client, model = self.server.client, self.server.build.model
             launch.model = with_digest(client.get("/api/tags"), model)
@@ -169,19 +169,6 @@ class Session:
         if self.server.pid is not None and not self.server.stopped:
             self._pids |= {process.pid for process in process_tree(self.server.pid)}
         return self._pids
-
-    def _require_gpu(self, facts: LogFacts) -> None:
-        """Refuse to measure a server that was to use a GPU and computes on the CPU.
-
-        Raises:
-            CheckError: With what shows it.
-        """
-        config, build = self.server.config, self.server.build
-        if told := fell_back(config, server_options(build, config), facts):
-            raise CheckError(
-                f"config {config.name}: {build.label} fell back to the CPU: {told}; see "
-                f"{self.server.log}"
-            )
 
     @property
     def disturbed(self) -> str:

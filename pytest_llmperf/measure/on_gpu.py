@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 from pytest_llmperf.build.bench_dialect import computing
-from pytest_llmperf.errors import LeakError
+from pytest_llmperf.build.build import Build
+from pytest_llmperf.errors import CheckError, LeakError
 from pytest_llmperf.gpu.cards import Gpu
 from pytest_llmperf.gpu.memory import Release, vram_mib
 from pytest_llmperf.gpu.watch import GpuWatch, energy_j
@@ -13,6 +15,7 @@ from pytest_llmperf.measure.host import is_ours
 from pytest_llmperf.measure.logfacts import LogFacts
 from pytest_llmperf.plan.config import Config
 from pytest_llmperf.plan.options import OptionValue
+from pytest_llmperf.serve.launch import server_options
 
 LEAST_GROWTH_MIB = 16.0
 """What the use of a GPU must grow by to be told as a program's memory; less may be the driver's."""
@@ -169,6 +172,24 @@ def fell_back(config: Config, options: Mapping[str, OptionValue], facts: LogFact
         f"{told}; its GPU runtime is missing, the GPU's memory is taken, or `fit` found no room "
         "for a layer"
     )
+
+
+def require_gpu(build: Build, config: Config, facts: LogFacts, log: Path | None) -> None:
+    """Refuse to measure a program that was to use a GPU and computes on the CPU.
+
+    Args:
+        build: Whose program.
+        config: What it runs.
+        facts: What its log tells.
+        log: The log, for people.
+
+    Raises:
+        CheckError: With what shows it.
+    """
+    if told := fell_back(config, server_options(build, config), facts):
+        raise CheckError(
+            f"config {config.name}: {build.label} fell back to the CPU: {told}; see {log}"
+        )
 
 
 def _anything(_pid: int) -> bool:

@@ -308,6 +308,11 @@ class Case:
         return f"{self.config.name}-{self._what}" if self._what else self.config.name
 
     @property
+    def where(self) -> str:
+        """What its samples stand under in a launch: workload or pass, else :data:`LAUNCH`."""
+        return self._what or LAUNCH
+
+    @property
     def key(self) -> str:
         """The key in a baseline file: ``<config>/<workload>`` or ``<config>/<pass>``."""
-        return f"{self.config.name}/{self._what or LAUNCH}"
+        return f"{self.config.name}/{self.where}"

@@ -86,7 +86,7 @@ def settled_told(results: Sequence[Result]) -> list[tuple[str, bool]]:
         (f"{result.case} {verdict.metric}", verdict)
         for result in results
         for verdict in result.verdicts
-        if "stored" in verdict.evidence
+        if verdict.settled
     ]
     if not found:
         return []

@@ -108,6 +108,18 @@ def leases_of(
     return Leases(folder, cards, cards if machine is None else machine, progress, first)
 
 
+def listener() -> tuple[list[str], Event, Callable[[str], None]]:
+    """Return what is said, an event for when anything is, and the progress that says it."""
+    said: list[str] = []
+    spoke = Event()
+
+    def progress(text: str) -> None:
+        said.append(text)
+        spoke.set()
+
+    return said, spoke, progress
+
+
 def is_free(lock: Path) -> bool:
     """Return whether nobody holds a lock."""
     held = FileLock(lock)
@@ -314,13 +326,7 @@ def test_another_holder_is_waited_for_and_named(
 )
 def test_a_holder_that_cannot_be_told_has_no_name(tmp_path: Path, left: str | None) -> None:
     """One that has gone did not take the lock; a note that is no note tells nothing."""
-    said: list[str] = []
-    spoke = Event()
-
-    def progress(text: str) -> None:
-        said.append(text)
-        spoke.set()
-
+    said, spoke, progress = listener()
     lock = FileLock(tmp_path / "host.lock", thread_local=False)
     lock.acquire()
     if left is not None:
@@ -357,13 +363,7 @@ def test_locks_are_free_after_a_failure(tmp_path: Path) -> None:
 
 def test_a_note_cannot_write_to_the_terminal_at_will(tmp_path: Path) -> None:
     """It is another one's text."""
-    said: list[str] = []
-    spoke = Event()
-
-    def progress(text: str) -> None:
-        said.append(text)
-        spoke.set()
-
+    said, spoke, progress = listener()
     holder = leases_of(tmp_path)
     holder.acquire(0, exclusive=True, what="\x1b[2Jconfig\na")
     with waiting(leases_of(tmp_path, progress=progress), 1, exclusive=False, said=spoke):
@@ -373,13 +373,7 @@ def test_a_note_cannot_write_to_the_terminal_at_will(tmp_path: Path) -> None:
 
 def test_one_that_sees_other_cards_keeps_away_all_the_same(tmp_path: Path) -> None:
     """What needs the host waits for who measures on a card that is hidden from it altogether."""
-    said: list[str] = []
-    spoke = Event()
-
-    def progress(text: str) -> None:
-        said.append(text)
-        spoke.set()
-
+    _, spoke, progress = listener()
     one, two = leases_of(tmp_path, (ONE,)), leases_of(tmp_path, (TWO,))
     with one.hold(1, exclusive=False, what="a"), two.hold(1, exclusive=False, what="b"):
         assert taken(tmp_path) == {"host", "gpu-GPU-0", "gpu-GPU-1"}

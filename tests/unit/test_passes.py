@@ -444,12 +444,8 @@ def on_this_gpu(run: Run, build: Build, said: list[str] | None = None) -> Passes
     return run.passes(build, leases=leases, serve=ServePlan(run.folder / "run", progress=progress))
 
 
-def test_memory_that_a_pass_leaves_taken_is_an_error(
-    run: Run, card: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What comes next would have less; the pass is not made again, and its lease is given back."""
-    build = run.lab.build("b1", run.lab.stream("a", made_up()))
-    passes = on_this_gpu(run, build)
+def leave_memory_taken(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every pass leave 512 MiB of the card in use."""
     made = Passes._side
 
     def leaking(self: Passes, *arguments: object) -> object:
@@ -457,6 +453,15 @@ def test_memory_that_a_pass_leaves_taken_is_an_error(
         return made(self, *arguments)  # type: ignore[arg-type]  # passed on as they are
 
     monkeypatch.setattr(Passes, "_side", leaking)
+
+
+def test_memory_that_a_pass_leaves_taken_is_an_error(
+    run: Run, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes next would have less; the pass is not made again, and its lease is given back."""
+    build = run.lab.build("b1", run.lab.stream("a", made_up()))
+    passes = on_this_gpu(run, build)
+    leave_memory_taken(card, monkeypatch)
     text = (
         "^config f16: b1 p, recording a reference ended, and its GPU memory is not free: GPU 0: "
         "512 MiB more in use"
@@ -474,13 +479,7 @@ def test_a_pass_that_fails_says_why_rather_than_what_it_leaves(
     """The memory is waited for all the same."""
     build = run.lab.build("b1", run.lab.stream("a", made_up()), fault="killed")
     passes = on_this_gpu(run, build)
-    made = Passes._side
-
-    def leaking(self: Passes, *arguments: object) -> object:
-        card.used = 612.0
-        return made(self, *arguments)  # type: ignore[arg-type]  # passed on as they are
-
-    monkeypatch.setattr(Passes, "_side", leaking)
+    leave_memory_taken(card, monkeypatch)
     with pytest.raises(PartialPassError, match="after 2 of 4 chunks"):
         passes.alone(Case(ON_GPU, corpus_pass=ONE))
 
